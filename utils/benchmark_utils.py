@@ -1,0 +1,215 @@
+"""The command line that both scripts share, and how a run is timed."""
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes every long option with - and with _, and errs in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        canonical = {
+            option.replace("_", "-"): option
+            for option in self._option_string_actions
+            if option.startswith("--")
+        }
+
+        def spell(word: str) -> str:
+            flag, equals, value = word.partition("=")
+            return canonical.get(flag.replace("_", "-"), flag) + equals + value
+
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([spell(word) for word in words], namespace)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def create_parser(description: str | None = None) -> Parser:
+    """Make the parser of gen_image.py and run_benchmark.py; every step adds its own flags."""
+    from utils.pipeline_utils import STEPS
+
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    parser.set_defaults(prompt=None, require=None)
+    run = parser.add_argument_group("what to generate")
+    add = functools.partial(run.add_argument, default=None)
+    add("--ckpt", help="bundled name, hub id or folder (FLUX.1-schnell on CUDA, tiny-schnell on CPU)")
+    add("--prompt", action="append", help="given several times: a batch")
+    add("--image", help="the picture to edit (Kontext)")
+    add("--height", type=int, help="pixels, divisible by 16 (the checkpoint's own)")
+    add("--width", type=int, help="pixels, divisible by 16 (the checkpoint's own)")
+    add("--num_inference_steps", type=int, help="Schnell 4, Dev and Kontext 28")
+    add("--guidance_scale", type=float, help="distilled guidance: Dev 3.5, Kontext 2.5")
+    add("--max_sequence_length", type=int, help="T5 tokens: Schnell 256, Dev and Kontext 512")
+    run.add_argument("--num_images_per_prompt", type=int, default=1)
+    run.add_argument("--seed", type=int, default=0, help="image k is seeded with SEED + k")
+    run.add_argument("--output-file", default="output.png", help="numbered when there are several")
+
+    where = parser.add_argument_group("where and with what")
+    where.add_argument("--device", default=None, help="cuda, cuda:N or cpu (cuda where there is one)")
+    where.add_argument(
+        "--random_weights",
+        action="store_true",
+        default=False,
+        help="full-size architecture of --ckpt with seeded random weights: speed without a "
+        "download; the picture means nothing",
+    )
+    where.add_argument(
+        "--disable_bf16", action="store_true", default=False, help="run in float32 instead"
+    )
+    where.add_argument(
+        "--require",
+        action="append",
+        metavar="STEP",
+        help="stop if STEP cannot run here, instead of going on without",
+    )
+    steps = parser.add_argument_group("optimisation steps, in the order in which they are applied")
+    for step in STEPS:
+        step.add_flags(steps)
+    return parser
+
+
+def set_rand_seeds(seed: int) -> None:
+    """Seed torch's and Python's generators; the images have their own (see generate)."""
+    import random
+
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class StageClock:
+    """Durations of named regions: CUDA events on a GPU, so that nothing waits for the device.
+
+    Units: seconds.
+    """
+
+    def __init__(self, device: str):
+        self.on_cuda = device.startswith("cuda")
+        self.marks: dict[str, list[tuple]] = defaultdict(list)
+
+    def _now(self):
+        if not self.on_cuda:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def region(self, title: str):
+        """Time the body under this title."""
+        start = self._now()
+        yield
+        self.marks[title].append((start, self._now()))
+
+    def read(self) -> dict[str, list[float]]:
+        """Give every region's durations so far and forget them; call it after a synchronisation."""
+        seconds = {
+            title: [a.elapsed_time(b) / 1e3 if self.on_cuda else b - a for a, b in pairs]
+            for title, pairs in self.marks.items()
+        }
+        self.marks.clear()
+        return seconds
+
+
+def annotate(f, title: str, clock: StageClock | None = None):
+    """Wrap f so that traces show it as a region, and the clock, if any, times it."""
+    import torch
+
+    @functools.wraps(f)
+    def annotated(*args, **kwargs):
+        with torch.profiler.record_function(title):
+            if clock is None:
+                return f(*args, **kwargs)
+            with clock.region(title):
+                return f(*args, **kwargs)
+
+    return annotated
+
+
+def annotate_pipeline(pipeline, clock: StageClock | None = None) -> None:
+    """Name the five stages of a call, outside of whatever compiled or recorded them."""
+    transformer, vae, images = pipeline.transformer, pipeline.vae, pipeline.image_processor
+    pipeline.encode_prompt = annotate(pipeline.encode_prompt, "prompt_encoding", clock)
+    transformer.forward = annotate(transformer.forward, "denoising_step", clock)
+    vae.decode = annotate(vae.decode, "decoding", clock)
+    images.postprocess = annotate(images.postprocess, "postprocessing", clock)
+    images.numpy_to_pil = annotate(images.numpy_to_pil, "pil_conversion", clock)  # part of the last
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one thing."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def as_dict(self, digits: int = 6) -> dict:
+        """Give median, min, max, n and the samples, rounded, for the JSON line."""
+        return {
+            "median": round(self.median, digits),
+            "min": round(min(self.samples), digits),
+            "max": round(max(self.samples), digits),
+            "n": len(self.samples),
+            "samples": [round(sample, digits) for sample in self.samples],
+        }
+
+    def __str__(self) -> str:
+        low, high = min(self.samples), max(self.samples)
+        return f"{self.median:.4g} ({low:.4g}-{high:.4g}, n={len(self.samples)})"
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device, so that a host clock tells the truth."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def measure(
+    run, device: str, num_runs: int, num_warmup: int, before_timed=None, after_run=None
+) -> Spread:
+    """Time `run()` end to end; compilation inside a timed run is an error.
+
+    `before_timed` is called once between warm-up and timed runs, `after_run` after each of these,
+    both outside of the time.
+
+    Units: seconds.
+    Raises: RuntimeError naming the guard that asked for a recompilation.
+    """
+    import torch
+
+    for _ in range(num_warmup):
+        run()
+    synchronize(device)
+    if before_timed is not None:
+        before_timed()
+    samples = []
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(num_runs):
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            samples.append(time.perf_counter() - start)
+            if after_run is not None:
+                after_run()
+    return Spread(tuple(samples))

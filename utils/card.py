@@ -1,0 +1,113 @@
+"""What a run is: machine, versions, call, and every step with its state. Printed, and stored."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit", "fa3-fwd")
+
+
+def versions() -> dict[str, str]:
+    """List the installed versions of what decides speed and pictures."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Name this repository's commit, with -dirty when files differ from it."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def command() -> str:
+    """Give the command that was typed, quoted for a shell."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def plan_as_dict(args) -> dict[str, dict]:
+    """Give each step's state, reason and settings, in order."""
+    return {
+        name: {"state": verdict.state}
+        | ({"reason": verdict.reason} if verdict.reason else {})
+        | ({"settings": verdict.settings} if verdict.settings else {})
+        for name, verdict in args.plan.items()
+    }
+
+
+def is_lossless(args) -> bool:
+    """Whether every step that is on keeps the picture within rounding."""
+    return all(verdict.lossless for verdict in args.plan.values() if verdict.is_on)
+
+
+def environment(args) -> dict:
+    """Collect the machine and the versions for the JSON line."""
+    machine = args.machine
+    return {
+        "device": machine.name,
+        "capability": list(machine.capability) if machine.capability else None,
+        "memory_gib": round(machine.memory_gib, 1),
+        "os": platform.platform(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def call(args) -> dict:
+    """Collect what decides the picture, apart from the steps."""
+    return {
+        "ckpt": args.ckpt,
+        "random_weights": args.random_weights,
+        "prompt": args.prompt,
+        "seed": args.seed,
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "max_sequence_length": args.max_sequence_length,
+        "num_images_per_prompt": args.num_images_per_prompt,
+        "dtype": str(args.dtype).removeprefix("torch."),
+    }
+
+
+def render(args) -> str:
+    """Write the card as text: one line a fact, then the steps that are on and those that are not."""
+    about = call(args)
+    why = f" (the default on {args.machine.device})" if args.ckpt_is_default else ""
+    count = len(args.prompt) * args.num_images_per_prompt
+    guidance = "none" if args.guidance_scale is None else f"{args.guidance_scale:g}"
+    lines = [
+        f"machine     {args.machine.short()}: {args.machine.name}, {args.machine.memory_gib:.0f} GiB",
+        "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
+        f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
+        f"steps, guidance {guidance}, {args.max_sequence_length} text tokens, seed {args.seed}",
+    ]
+    if args.random_weights:
+        lines.append("note        random weights: the picture means nothing")
+    for name, verdict in args.plan.items():
+        if verdict.is_on:
+            settings = " ".join(f"{key}={value}" for key, value in verdict.settings.items())
+            loss = "" if verdict.lossless else "  [lossy]"
+            lines.append(f"on:  {name:22s} {settings}{loss}".rstrip())
+    for name, verdict in args.plan.items():
+        if not verdict.is_on:
+            state = "" if verdict.state == "off" else verdict.state + ": "
+            lines.append(f"off: {name:22s} {state}{verdict.reason}")
+    return "\n".join(lines)

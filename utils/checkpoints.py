@@ -1,0 +1,176 @@
+"""What each checkpoint is: where it lies, which kind of FLUX.1, and the call it was made for.
+
+A checkpoint is named by `--ckpt`: a bundled one (`tiny-schnell`), a hub id
+(`black-forest-labs/FLUX.1-schnell`) or a folder in diffusers' layout. Its kind decides the defaults
+of the call; everything else is read from its configs.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from utils.errors import UserError
+
+BUNDLED_DIR = Path(__file__).resolve().parent.parent / "tiny_flux"
+BUNDLED = ("tiny-schnell",)
+HUB_KINDS = {
+    "black-forest-labs/FLUX.1-schnell": "schnell",
+    "black-forest-labs/FLUX.1-dev": "dev",
+    "black-forest-labs/FLUX.1-Kontext-dev": "kontext",
+}
+DEFAULT_CKPT = {"cuda": "black-forest-labs/FLUX.1-schnell", "cpu": "tiny-schnell"}
+DEFAULT_PROMPT = {
+    "bundled": "a red circle on a blue background",
+    "schnell": "a lighthouse on a cliff at dawn, oil on canvas",
+    "dev": "a lighthouse on a cliff at dawn, oil on canvas",
+    "kontext": "make it night, with the lamp lit",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Defaults of one kind of FLUX.1. Source: the model cards' own example calls."""
+
+    pipeline: str  # the diffusers class
+    steps: int
+    guidance: float | None  # None: the checkpoint has no guidance embedding
+    max_sequence_length: int  # T5 tokens
+    takes_image: bool
+
+
+KINDS = {
+    "schnell": Kind("FluxPipeline", 4, None, 256, False),
+    "dev": Kind("FluxPipeline", 28, 3.5, 512, False),
+    "kontext": Kind("FluxKontextPipeline", 28, 2.5, 512, True),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One named set of weights, or with `random_weights` one architecture."""
+
+    name: str  # as given to --ckpt
+    source: str  # "bundled", "hub" or "folder"
+    kind: str  # a key of KINDS
+    path: Path | None  # None for the hub
+    native_size: int  # pixels; the edge it was trained for
+    random_weights: bool = False
+
+    @property
+    def defaults(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def prompt(self) -> str:
+        return DEFAULT_PROMPT["bundled" if self.source == "bundled" else self.kind]
+
+    def identity(self) -> str:
+        """Name the weights themselves: a digest of a folder's files, or a hub revision."""
+        if self.random_weights:
+            return "random:" + self.kind
+        if self.source == "hub":
+            return "hub:" + hub_revision(self.name)
+        digest = hashlib.sha256()
+        for file in sorted(self.path.rglob("*.safetensors")) + sorted(self.path.rglob("*.json")):
+            digest.update(str(file.relative_to(self.path)).encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return "sha256:" + digest.hexdigest()
+
+
+def _read_json(path: Path, what: str) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ckpt: {what} cannot be read: {path} ({error})") from None
+
+
+def _from_folder(name: str, path: Path, source: str) -> Checkpoint:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            f"--ckpt {name}: no model in this folder (expected model_index.json in diffusers' layout)"
+        )
+    pipeline = _read_json(index, "model_index.json").get("_class_name")
+    if pipeline not in {kind.pipeline for kind in KINDS.values()}:
+        raise UserError(
+            f"--ckpt {name}: found a {pipeline}, expected FluxPipeline or FluxKontextPipeline"
+        )
+    transformer = _read_json(path / "transformer" / "config.json", "the transformer's config")
+    vae = _read_json(path / "vae" / "config.json", "the VAE's config")
+    guided = transformer.get("guidance_embeds", False)
+    kind = "kontext" if pipeline == "FluxKontextPipeline" else "dev" if guided else "schnell"
+    return Checkpoint(name, source, kind, path, vae.get("sample_size", 1024))
+
+
+def _from_hub(name: str) -> Checkpoint:
+    """Ask the hub for the two small files that tell the kind; weights are loaded later."""
+    index = _read_json(hub_file(name, "model_index.json"), "model_index.json")
+    pipeline = index.get("_class_name")
+    if pipeline not in {kind.pipeline for kind in KINDS.values()}:
+        raise UserError(f"--ckpt {name}: found a {pipeline}, expected a FLUX.1 pipeline")
+    kind = HUB_KINDS.get(name)
+    if kind is None:
+        config = _read_json(hub_file(name, "transformer/config.json"), "the transformer's config")
+        kind = "dev" if config.get("guidance_embeds") else "schnell"
+        kind = "kontext" if pipeline == "FluxKontextPipeline" else kind
+    return Checkpoint(name, "hub", kind, None, 1024)
+
+
+def hub_file(repo: str, file: str) -> Path:
+    """Fetch one small file of a hub repository, or say in one line why it cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    instead = "or measure speed without its weights: --random_weights"
+    try:
+        return Path(hf_hub_download(repo, file, etag_timeout=10))
+    except GatedRepoError:
+        raise UserError(
+            f"--ckpt {repo}: gated; accept the licence at https://huggingface.co/{repo}, "
+            f"then `hf auth login`; {instead}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"--ckpt {repo}: no such model on the hub, or not yours to see (`hf auth login`); "
+            f"bundled: {', '.join(BUNDLED)}; {instead} with a FLUX.1 name"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--ckpt {repo}: not in the local cache and the hub cannot be reached "
+            f"({type(error).__name__}: {first[:120]}); licence: https://huggingface.co/{repo}, "
+            f"login: `hf auth login`; {instead}"
+        ) from None
+
+
+def hub_revision(repo: str) -> str:
+    """Give the commit of the hub snapshot in the local cache."""
+    return hub_file(repo, "model_index.json").parent.name
+
+
+def resolve(name: str, random_weights: bool = False) -> Checkpoint:
+    """Find out what `--ckpt` names, without loading a weight.
+
+    Raises: UserError for an unknown name, a folder without a model, a gated or unreachable one.
+    """
+    if name in BUNDLED:
+        found = _from_folder(name, BUNDLED_DIR / name, "bundled")
+    elif Path(name).is_dir():
+        found = _from_folder(name, Path(name), "folder")
+    elif random_weights and name in HUB_KINDS:
+        found = Checkpoint(name, "hub", HUB_KINDS[name], None, 1024)
+    elif random_weights:
+        raise UserError(
+            f"--random_weights: unknown architecture {name!r} "
+            f"(expected a folder or one of {', '.join((*HUB_KINDS, *BUNDLED))})"
+        )
+    elif name.count("/") == 1 and not name.startswith(("/", ".")):
+        found = _from_hub(name)
+    else:
+        raise UserError(
+            f"--ckpt {name}: unknown checkpoint (expected {', '.join(BUNDLED)}, a folder, or a hub "
+            f"id such as {DEFAULT_CKPT['cuda']})"
+        )
+    return replace(found, random_weights=random_weights)

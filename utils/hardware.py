@@ -1,0 +1,77 @@
+"""What this machine is, as far as a choice of code depends on it."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device as the steps see it; tests build it by hand for machines they do not have."""
+
+    device: str  # "cuda" (NVIDIA and AMD alike) or "cpu"
+    name: str  # "NVIDIA H200", "AMD Instinct MI300X", or the processor's model name
+    capability: tuple[int, int] | None = None  # CUDA compute capability; an MI300X says 9.x too
+    hip: str | None = None  # ROCm's version; looked at before the capability
+    memory_gib: float = 0.0  # of the device; the host's on a CPU
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this is an NVIDIA GPU."""
+        return self.device == "cuda" and self.hip is None
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether FlashAttention-3's kernels exist for this device (sm90, not AMD's 9.x)."""
+        return self.is_cuda and self.capability is not None and self.capability[0] == 9
+
+    def short(self) -> str:
+        """Name the device with what decides for or against a step."""
+        if self.device == "cpu":
+            return "a CPU"
+        if self.hip is not None:
+            return f"{self.name} (ROCm {self.hip})"
+        return f"{self.name} (sm{self.capability[0]}{self.capability[1]})"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def detect(device: str | None = None) -> Machine:
+    """Look at the device that was asked for, or at the best one there is.
+
+    Raises: UserError if CUDA was asked for and there is none, or the name is unknown.
+    """
+    import torch
+
+    kind = (device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    if kind == "cpu":
+        import psutil
+
+        return Machine("cpu", _cpu_name(), memory_gib=psutil.virtual_memory().total / 2**30)
+    if kind != "cuda":
+        raise UserError(f"--device {device}: unknown device (expected cuda, cuda:N or cpu)")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device}: no CUDA device found (torch {torch.__version__}); use --device cpu"
+        )
+    index = torch.device(device or "cuda").index or 0
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: found {torch.cuda.device_count()} CUDA device(s)")
+    properties = torch.cuda.get_device_properties(index)
+    return Machine(
+        "cuda",
+        properties.name,
+        capability=(properties.major, properties.minor),
+        hip=torch.version.hip,
+        memory_gib=properties.total_memory / 2**30,
+    )

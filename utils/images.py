@@ -1,0 +1,49 @@
+"""Write pictures that say how they were made."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from utils import card
+
+
+def save_images(images: list, args) -> list[Path]:
+    """Write PNGs with how they were made in their metadata; several are numbered from 0.
+
+    Each is written under a temporary name and renamed, so that an interruption leaves no half file.
+    """
+    target = Path(args.output_file)
+    written = []
+    for k, image in enumerate(images):
+        path = target if len(images) == 1 else target.with_stem(f"{target.stem}_{k}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            image.save(temporary, format="PNG", pnginfo=_metadata(args, k))
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+        written.append(path)
+    return written
+
+
+def _metadata(args, k: int):
+    """Describe image k: enough to make it again."""
+    from PIL.PngImagePlugin import PngInfo
+
+    about = card.call(args) | {
+        "prompt": args.prompt[k // args.num_images_per_prompt],
+        "seed": args.seed + k,
+        "num_images_per_prompt": 1,
+    }
+    info = PngInfo()
+    info.add_itxt("prompt", about["prompt"])
+    info.add_text("seed", str(about["seed"]))
+    info.add_text("checkpoint", args.ckpt)
+    info.add_itxt("call", json.dumps(about, ensure_ascii=False))
+    info.add_text("steps", json.dumps(card.plan_as_dict(args)))
+    info.add_text("versions", json.dumps(card.versions()))
+    if args.random_weights:
+        info.add_text("note", "random weights: the picture means nothing")
+    return info

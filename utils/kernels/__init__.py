@@ -1,0 +1,1 @@
+"""Custom ops and fused kernels, each beside its plain twin."""

@@ -1,0 +1,85 @@
+"""The table of contents: load a FLUX.1 pipeline, apply every optimisation in order, make images.
+
+    args = create_parser().parse_args()     # utils/benchmark_utils.py
+    prepare(args)                           # utils/prepare.py: defaults, and every refusal
+    pipeline = optimize(load_pipeline(args), args)
+    images = generate(pipeline, args)
+"""
+
+from utils.steps import (
+    cache_dit,
+    channels_last,
+    compile,
+    export_aoti,
+    fa3,
+    fused_projections,
+    inductor_tuning_flags,
+    quant,
+)
+
+STEPS = (
+    fused_projections,  # fused matrices must exist before anything reads them
+    fa3,  # calls the projections, fused or not
+    channels_last,  # compilation specialises on strides
+    cache_dit,  # wraps the blocks that are compiled below
+    quant,  # after fusion, so that each fused matrix is quantised once
+    inductor_tuning_flags,  # read when the compiler runs
+    compile,  # freezes everything above ...
+    export_aoti,  # ... or this does: one of the two, or neither
+)
+
+
+def load_pipeline(args):
+    """Load or build the pipeline of `args.checkpoint` on its device, bf16 unless turned off.
+
+    Returns: diffusers.FluxPipeline or FluxKontextPipeline, unchanged by any step.
+    """
+    import diffusers
+
+    if args.checkpoint.random_weights:
+        from utils.random_weights import build
+
+        pipeline = build(args.checkpoint, args.dtype, args.device, args.seed)
+    else:
+        cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
+        pipeline = cls.from_pretrained(
+            args.checkpoint.path or args.checkpoint.name, dtype=args.dtype
+        ).to(args.device)
+    pipeline.set_progress_bar_config(disable=None, leave=False)
+    return pipeline
+
+
+def optimize(pipeline, args):
+    """Apply every step of the plan that is on, in order; the pipeline is changed in place."""
+    for step in STEPS:
+        if args.plan[step.NAME].is_on:
+            step.apply(pipeline, args)
+    return pipeline
+
+
+def generate(pipeline, args, num_inference_steps: int | None = None, output_type: str = "pil"):
+    """Run the call that `args` describes: prompts, seeds, size, guidance and text length.
+
+    Image k has its own CPU generator, seeded `seed + k`, so that a batch equals its single images.
+
+    Returns: a list of PIL images, or with output_type="latent" a tensor (B, image tokens, 64).
+    """
+    import torch
+
+    count = len(args.prompt) * args.num_images_per_prompt
+    call = {
+        "prompt": args.prompt,
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": num_inference_steps or args.num_inference_steps,
+        "max_sequence_length": args.max_sequence_length,
+        "num_images_per_prompt": args.num_images_per_prompt,
+        "generator": [torch.Generator("cpu").manual_seed(args.seed + k) for k in range(count)],
+        "output_type": output_type,
+    }
+    if args.guidance_scale is not None:
+        call["guidance_scale"] = args.guidance_scale
+    if args.pil_image is not None:
+        call |= {"image": args.pil_image, "_auto_resize": args.checkpoint.source != "bundled"}
+    with torch.no_grad():
+        return pipeline(**call).images

@@ -1,0 +1,162 @@
+"""From flags to a run: every default, every refusal, before any weight is loaded.
+
+Cheap checks come first (numbers, names, paths: no torch), then the device, then each step's own.
+Every problem that is found is reported, one line each.
+"""
+
+import os
+from pathlib import Path
+
+from utils import checkpoints
+from utils.errors import UserError
+
+MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
+
+
+def prepare(args) -> None:
+    """Fill in what the flags leave open and settle what each step will do, in place.
+
+    Adds: args.checkpoint, args.machine, args.dtype, args.pil_image, args.plan
+    (step name -> Verdict, in the order of STEPS).
+
+    Raises: UserError with one line per problem.
+    """
+    problems = [*_number_problems(args), *_path_problems(args)]
+    if problems:
+        raise UserError("\n".join(problems))
+    args.ckpt_is_default = args.ckpt is None
+    if not args.ckpt_is_default:
+        args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
+
+    from utils.hardware import detect
+
+    args.machine = detect(args.device)
+    args.device = args.device or args.machine.device
+    if args.ckpt_is_default:
+        args.ckpt = checkpoints.DEFAULT_CKPT[args.machine.device]
+        args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
+    _fill_in(args)
+    if problems := _call_problems(args):
+        raise UserError("\n".join(problems))
+    args.pil_image = _open_image(args)
+    args.plan = _plan(args)
+
+
+def _number_problems(args) -> list[str]:
+    problems = []
+    for flag in ("height", "width"):
+        value = getattr(args, flag)
+        if value is not None and (value < 16 or value % 16):
+            near = max(16, round(value / 16) * 16)
+            problems.append(f"--{flag} {value}: not divisible by 16 (nearest: {near})")
+    for flag, least in (
+        ("num_inference_steps", 1),
+        ("max_sequence_length", 1),
+        ("num_images_per_prompt", 1),
+        ("num_runs", 1),
+        ("num_warmup", 0),
+        ("seed", 0),
+    ):
+        value = getattr(args, flag, None)
+        if value is not None and value < least:
+            problems.append(f"--{flag} {value}: expected {least} or more")
+    if (args.max_sequence_length or 0) > MAX_SEQUENCE_LENGTH:
+        problems.append(
+            f"--max_sequence_length {args.max_sequence_length}: expected at most "
+            f"{MAX_SEQUENCE_LENGTH}"
+        )
+    if args.seed >= 2**63:
+        problems.append(f"--seed {args.seed}: expected less than 2**63")
+    for prompt in args.prompt or ():
+        if not prompt.strip():
+            problems.append("--prompt: empty (expected some words)")
+    return problems
+
+
+def _path_problems(args) -> list[str]:
+    """Look at every file that the run will write, while it costs nothing."""
+    problems = []
+    for flag in ("output_file", "trace_file"):
+        value = getattr(args, flag, None)
+        if not value:
+            continue
+        path = Path(value)
+        name = "--" + flag.replace("_", "-")
+        if path.is_dir():
+            problems.append(f"{name} {value}: is a folder (expected a file name)")
+        elif not path.parent.is_dir():
+            problems.append(f"{name} {value}: the folder {path.parent} does not exist")
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            problems.append(f"{name} {value}: the folder {path.parent} cannot be written")
+        elif flag == "output_file" and path.suffix.lower() != ".png":
+            problems.append(f"{name} {value}: expected a name ending in .png")
+    return problems
+
+
+def _fill_in(args) -> None:
+    """Set the defaults that depend on the checkpoint and the device."""
+    import torch
+
+    defaults = args.checkpoint.defaults
+    args.prompt = args.prompt or [args.checkpoint.prompt]
+    args.height = args.height or args.checkpoint.native_size
+    args.width = args.width or args.checkpoint.native_size
+    args.num_inference_steps = args.num_inference_steps or defaults.steps
+    args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
+    args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
+    if args.compile_export_mode is None:
+        on_gpu = "compile" if args.cache_dit_config else "export_aoti"
+        args.compile_export_mode = on_gpu if args.machine.device == "cuda" else "disabled"
+    args.compile_scope = args.compile_scope or ("blocks" if args.cache_dit_config else "full")
+
+
+def _call_problems(args) -> list[str]:
+    problems = []
+    kind = args.checkpoint.defaults
+    if args.guidance_scale is not None and kind.guidance is None:
+        problems.append(
+            f"--guidance_scale {args.guidance_scale:g}: {args.checkpoint.name} has no guidance "
+            "embedding; leave the flag out"
+        )
+    if args.guidance_scale is None:
+        args.guidance_scale = kind.guidance
+    if args.image and not kind.takes_image:
+        problems.append(
+            f"--image {args.image}: {args.checkpoint.name} takes no image (a Kontext checkpoint does)"
+        )
+    if kind.takes_image and not args.image:
+        problems.append(f"--image: {args.checkpoint.name} edits an image, none was given")
+    return problems
+
+
+def _open_image(args):
+    """Open Kontext's image now, outside of anything that is timed."""
+    if not args.image:
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(args.image) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        size = Path(args.image).stat().st_size
+        raise UserError(f"--image {args.image}: not an image ({size} bytes found)") from None
+    except OSError as error:
+        raise UserError(f"--image {args.image}: cannot be read ({error.strerror or error})") from None
+
+
+def _plan(args) -> dict:
+    """Ask every step, then stop if any refuses or a required one cannot run."""
+    from utils.pipeline_utils import STEPS
+
+    plan = {step.NAME: step.check(args) for step in STEPS}
+    problems = [verdict.reason for verdict in plan.values() if verdict.state == "refused"]
+    for name in args.require or ():
+        if name not in plan:
+            problems.append(f"--require {name}: unknown step (expected one of {', '.join(plan)})")
+        elif not plan[name].is_on and plan[name].state != "refused":
+            verdict = plan[name]
+            problems.append(f"--require {name}: {verdict.state}: {verdict.reason}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return plan

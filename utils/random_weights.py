@@ -1,0 +1,151 @@
+"""Full-size FLUX.1 without its weights: speed does not depend on their values.
+
+The architectures are those of the published configs; every parameter is drawn from one seeded
+generator on the device, scaled by its fan-in so that activations stay finite and of order one
+through all blocks. The tokenizers are the bundled ones: their ids are few, the shapes are the same.
+Pictures made this way mean nothing, and every output says so.
+"""
+
+from pathlib import Path
+
+from utils import checkpoints
+
+TRANSFORMER = {"guidance_embeds": False}  # FluxTransformer2DModel's defaults are FLUX.1's sizes
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+}
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+SCHEDULER = {
+    "schnell": {"shift": 1.0, "use_dynamic_shifting": False},
+    "dev": {
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    },
+}
+SCHEDULER["kontext"] = SCHEDULER["dev"]
+
+
+def _configs(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
+    """Give the config of each component: a folder's own, or the published architecture."""
+    if checkpoint.path is None:
+        guided = checkpoint.defaults.guidance is not None
+        return {
+            "transformer": TRANSFORMER | {"guidance_embeds": guided},
+            "vae": VAE,
+            "text_encoder": CLIP_L,
+            "text_encoder_2": T5_XXL,
+            "scheduler": SCHEDULER[checkpoint.kind],
+        }
+    import json
+
+    names = {"scheduler": "scheduler_config.json"}
+    return {
+        part: json.loads((checkpoint.path / part / names.get(part, "config.json")).read_text())
+        for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
+    }
+
+
+def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
+    """Build the checkpoint's pipeline with seeded random weights, directly on the device.
+
+    Returns: FluxPipeline or FluxKontextPipeline; parameters in `dtype`, the same for the same seed
+    and device kind.
+    """
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    configs = _configs(checkpoint)
+    clip_tokenizer, t5_tokenizer = _tokenizers(checkpoint.path)
+    clip = configs["text_encoder"] | {
+        "bos_token_id": clip_tokenizer.bos_token_id,
+        "eos_token_id": clip_tokenizer.eos_token_id,
+    }
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            parts = {
+                "transformer": diffusers.FluxTransformer2DModel.from_config(configs["transformer"]),
+                "vae": diffusers.AutoencoderKL.from_config(configs["vae"]),
+                "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
+                "text_encoder_2": T5EncoderModel(T5Config(**configs["text_encoder_2"])),
+            }
+    finally:
+        torch.set_default_dtype(default_dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+        _fill(part, generator)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
+    return getattr(diffusers, checkpoint.defaults.pipeline)(
+        **parts, tokenizer=clip_tokenizer, tokenizer_2=t5_tokenizer, scheduler=scheduler
+    )
+
+
+def _tokenizers(path: Path | None):
+    from transformers import AutoTokenizer
+
+    folder = path or checkpoints.BUNDLED_DIR / "tiny-schnell"
+    return tuple(AutoTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2"))
+
+
+def _fill(module, generator) -> None:
+    """Draw every parameter in place: variance 1 / fan-in, norms at one, biases small.
+
+    T5 does not scale its attention by 1/sqrt(d), so its q is drawn smaller by that factor. Modulation
+    is drawn at half size, so that gates of 57 blocks do not blow up the residual stream.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1:
+                if name.endswith("bias"):
+                    parameter.normal_(0, 0.02, generator=generator)
+                else:
+                    parameter.fill_(1.0)
+                continue
+            std = (parameter[0].numel()) ** -0.5
+            if "embed" in name or "shared" in name or "relative_attention_bias" in name:
+                std = 1.0 if "shared" in name else 0.02 if "position" in name else std
+            if name.endswith("SelfAttention.q.weight"):
+                std *= 64**-0.5
+            if ".norm" in name and name.endswith("linear.weight"):
+                std *= 0.5
+            parameter.normal_(0, std, generator=generator)

@@ -1,0 +1,47 @@
+"""One optimisation per file. Every step is a module with the same six names:
+
+NAME       the same word in its flag, the card, the results and the docs
+AFTER      names of the steps that must have been applied before it
+add_flags  adds its flags to the parser (the flag that turns it off among them)
+check      looks at the arguments and the machine, before any weight is loaded, and gives a Verdict
+apply      changes the pipeline; called only if the verdict is "on"
+
+and a docstring with the method and why it stands where it stands. Torch is imported inside the
+functions only, so that `--help` needs no torch. The order is `STEPS` in utils/pipeline_utils.py.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a step will do in this run, and why."""
+
+    state: str  # "on", "off" (by a flag), "unavailable" (hardware), "refused" (stops the program)
+    reason: str = ""
+    lossless: bool = True  # only meaningful when on
+    settings: dict = field(default_factory=dict)  # what decides its result; enters the fingerprint
+
+    @property
+    def is_on(self) -> bool:
+        return self.state == "on"
+
+
+def on(lossless: bool = True, **settings) -> Verdict:
+    """The step runs, with these settings."""
+    return Verdict("on", lossless=lossless, settings=settings)
+
+
+def off(reason: str) -> Verdict:
+    """The user's flags turn the step off, or leave nothing for it to do."""
+    return Verdict("off", reason)
+
+
+def unavailable(reason: str) -> Verdict:
+    """The hardware cannot do it: the run goes on without, and the card says so."""
+    return Verdict("unavailable", reason)
+
+
+def refused(reason: str) -> Verdict:
+    """The run cannot start: what, found, expected, which flag."""
+    return Verdict("refused", reason)

@@ -1,0 +1,72 @@
+"""torch.compile of the transformer and the VAE decoder, warmed up with the run's own call.
+
+Scope `full` compiles the transformer as one graph: the fastest code, minutes at full size. Scope
+`blocks` compiles one double and one single block and uses them for all: several times quicker to
+compile, and the glue between the blocks stays eager (inside the CUDA graph on a GPU, so its launches
+cost nothing there). Fullgraph always: a graph break is an error, not a slow run.
+
+The mode is max-autotune without Inductor's own CUDA graphs: utils/cudagraph.py records the whole
+forward instead, the same way for compile and for AOTI.
+"""
+
+from utils.steps import Verdict, inductor_tuning_flags, off, on, refused
+
+NAME = "compile"
+AFTER = ("inductor_tuning_flags",)
+
+
+def add_flags(parser) -> None:
+    """Add the mode, which compile and export_aoti share, and the scope."""
+    parser.add_argument(
+        "--compile_export_mode",
+        choices=("compile", "export_aoti", "disabled"),
+        help="default: export_aoti on CUDA (compile with a step cache), disabled on a CPU",
+    )
+    parser.add_argument(
+        "--compile_scope",
+        choices=("full", "blocks"),
+        help="whole transformer, or its repeated blocks only, which compiles many times faster "
+        "(default: full; blocks with a step cache)",
+    )
+
+
+def check(args) -> Verdict:
+    """Decide from the flags alone."""
+    if args.compile_export_mode != "compile":
+        return off(f"--compile_export_mode {args.compile_export_mode}")
+    if args.cache_dit_config and args.compile_scope == "full":
+        return refused(
+            "--compile_scope full: a step cache decides between the blocks and breaks the whole "
+            "graph; use --compile_scope blocks"
+        )
+    return on(scope=args.compile_scope, fullgraph=True, **compiler_mode(args))
+
+
+def compiler_mode(args) -> dict[str, bool]:
+    """Give Inductor's options for max-autotune without its CUDA graphs.
+
+    On a CPU the search tries C++ templates against oneDNN for every product: minutes for pictures of
+    128 pixels, so there only the code generator's defaults are used.
+    """
+    if args.machine.device == "cpu":
+        return {}
+    return {"max_autotune": True, "coordinate_descent_tuning": True}
+
+
+def apply(pipeline, args) -> None:
+    """Compile both components and run the run's own call once, so that timed runs compile nothing."""
+    import torch
+
+    from utils.cudagraph import wrap_components
+    from utils.pipeline_utils import generate
+
+    options = {**compiler_mode(args), **inductor_tuning_flags.options(args)}
+    transformer, decoder = pipeline.transformer, pipeline.vae.decoder
+    if args.compile_scope == "blocks":
+        transformer.compile_repeated_blocks(fullgraph=True, options=options)
+    else:
+        transformer.forward = torch.compile(transformer.forward, fullgraph=True, options=options)
+    decoder.forward = torch.compile(decoder.forward, fullgraph=True, options=options)
+    if args.machine.device == "cuda" and not args.cache_dit_config:
+        wrap_components(pipeline)
+    generate(pipeline, args)
