@@ -1,0 +1,56 @@
+"""Q, K and V of each attention as one product instead of three, in the transformer and the VAE.
+
+First of the structural steps: whatever comes later (attention processor, float8, compile) must see
+the fused matrices and nothing else. The separate ones are deleted, since diffusers keeps them: 2.15
+billion parameters of FLUX.1, 4 GiB in bf16. Each module is fused and freed before the next, so the
+peak grows by one module's matrices only. After it unfuse_qkv_projections() and loading a LoRA by
+the old names fail; fuse LoRAs before.
+"""
+
+from utils.steps import Verdict, off, on
+
+NAME = "fused_projections"
+AFTER = ()
+
+SEPARATE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def add_flags(parser) -> None:
+    """Add the flag that turns the step off."""
+    parser.add_argument(
+        "--disable_fused_projections",
+        action="store_true",
+        help="keep the separate Q, K and V projections",
+    )
+
+
+def check(args) -> Verdict:
+    """Say what the step will do in this run."""
+    if args.disable_fused_projections:
+        return off("--disable_fused_projections")
+    return on()
+
+
+def _fuse(module) -> None:
+    # A cross attention's fused matrix is K and V only: its to_q is still read
+    if getattr(module, "is_cross_attention", False):
+        return
+    if not module.fused_projections:
+        module.fuse_projections()
+    for name in SEPARATE:
+        if name in module._modules:
+            delattr(module, name)
+
+
+def apply(pipeline, args) -> None:
+    """Fuse the projections and free the separate ones."""
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+
+    for module in pipeline.transformer.modules():
+        if isinstance(module, AttentionModuleMixin) and module._supports_qkv_fusion:
+            _fuse(module)
+    for module in pipeline.vae.modules():
+        if isinstance(module, Attention) and not module.is_cross_attention:
+            _fuse(module)
+            module.set_processor(FusedAttnProcessor2_0())
