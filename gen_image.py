@@ -4,12 +4,14 @@ import time
 
 from utils.benchmark_utils import create_parser, set_rand_seeds
 from utils.errors import run_script
+from utils.quiet import quiet_libraries
 
 
 def main() -> None:
     """Parse, check, load, optimise, generate, save."""
     args = create_parser("Make images with every optimisation on.").parse_args()
 
+    quiet_libraries()
     from utils.prepare import prepare
 
     prepare(args)

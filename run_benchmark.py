@@ -1,8 +1,8 @@
 """Time the stack, beside its quality and memory: python run_benchmark.py [--trace-file t.json.gz]
 
-The reference is the same pipeline, same seeds, before `optimize()` touched it (bf16 eager). Then the
-steps are applied, the run's own call warms everything up, and the timed runs follow; a recompilation
-inside one of them is an error. The last line of stdout is the result as JSON.
+The reference is the same pipeline, same seeds, before `optimize()` touched it (bf16 eager). Then
+the steps are applied, the run's own call warms everything up, and the timed runs follow; a
+recompilation inside one of them is an error. The last line of stdout is the result as JSON.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils.benchmark_utils import create_parser, set_rand_seeds
 from utils.errors import run_script
+from utils.quiet import quiet_libraries
 
 
 def parse_arguments():
@@ -19,7 +20,9 @@ def parse_arguments():
     parser = create_parser("Measure speed, quality and memory of one set of steps.")
     group = parser.add_argument_group("how to measure")
     group.add_argument("--num_runs", type=int, default=10, help="timed runs")
-    group.add_argument("--num_warmup", type=int, default=2, help="runs of the same call before them")
+    group.add_argument(
+        "--num_warmup", type=int, default=2, help="runs of the same call before them"
+    )
     group.add_argument(
         "--trace-file", default=None, help="Chrome trace of one more run; gzip if it ends in .gz"
     )
@@ -65,6 +68,7 @@ def main() -> None:
     """Parse, check, load, reference, optimise, measure, compare, report."""
     args = parse_arguments()
 
+    quiet_libraries()
     from utils.prepare import prepare
 
     prepare(args)

@@ -10,13 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default where there is one and the text does not name it already."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, False) or "default" in (action.help or "")
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes every long option with - and with _, and errs in one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         canonical = {
@@ -40,11 +46,9 @@ def create_parser(description: str | None = None) -> Parser:
     """Make the parser of gen_image.py and run_benchmark.py; every step adds its own flags."""
     from utils.pipeline_utils import STEPS
 
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    parser.set_defaults(prompt=None, require=None)
-    run = parser.add_argument_group("what to generate")
-    add = functools.partial(run.add_argument, default=None)
-    add("--ckpt", help="bundled name, hub id or folder (FLUX.1-schnell on CUDA, tiny-schnell on CPU)")
+    parser = Parser(description=description)
+    add = parser.add_argument_group("what to generate").add_argument
+    add("--ckpt", help="bundled name, hub id or folder (FLUX.1-schnell on CUDA, else tiny-schnell)")
     add("--prompt", action="append", help="given several times: a batch")
     add("--image", help="the picture to edit (Kontext)")
     add("--height", type=int, help="pixels, divisible by 16 (the checkpoint's own)")
@@ -52,23 +56,20 @@ def create_parser(description: str | None = None) -> Parser:
     add("--num_inference_steps", type=int, help="Schnell 4, Dev and Kontext 28")
     add("--guidance_scale", type=float, help="distilled guidance: Dev 3.5, Kontext 2.5")
     add("--max_sequence_length", type=int, help="T5 tokens: Schnell 256, Dev and Kontext 512")
-    run.add_argument("--num_images_per_prompt", type=int, default=1)
-    run.add_argument("--seed", type=int, default=0, help="image k is seeded with SEED + k")
-    run.add_argument("--output-file", default="output.png", help="numbered when there are several")
+    add("--num_images_per_prompt", type=int, default=1, help="each with a seed of its own")
+    add("--seed", type=int, default=0, help="image k is seeded with SEED + k")
+    add("--output-file", default="output.png", help="numbered when there are several")
 
-    where = parser.add_argument_group("where and with what")
-    where.add_argument("--device", default=None, help="cuda, cuda:N or cpu (cuda where there is one)")
-    where.add_argument(
+    add = parser.add_argument_group("where and with what").add_argument
+    add("--device", help="cuda, cuda:N or cpu (cuda where there is one)")
+    add(
         "--random_weights",
         action="store_true",
-        default=False,
         help="full-size architecture of --ckpt with seeded random weights: speed without a "
         "download; the picture means nothing",
     )
-    where.add_argument(
-        "--disable_bf16", action="store_true", default=False, help="run in float32 instead"
-    )
-    where.add_argument(
+    add("--disable_bf16", action="store_true", help="run in float32 instead")
+    add(
         "--require",
         action="append",
         metavar="STEP",

@@ -87,13 +87,14 @@ def call(args) -> dict:
 
 
 def render(args) -> str:
-    """Write the card as text: one line a fact, then the steps that are on and those that are not."""
+    """Write the card as text: one line a fact, then the steps that are on, then the others."""
     about = call(args)
     why = f" (the default on {args.machine.device})" if args.ckpt_is_default else ""
     count = len(args.prompt) * args.num_images_per_prompt
     guidance = "none" if args.guidance_scale is None else f"{args.guidance_scale:g}"
+    machine = args.machine
     lines = [
-        f"machine     {args.machine.short()}: {args.machine.name}, {args.machine.memory_gib:.0f} GiB",
+        f"machine     {machine.name} ({machine.short()}), {machine.memory_gib:.0f} GiB",
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
         f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "

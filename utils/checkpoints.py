@@ -90,7 +90,7 @@ def _from_folder(name: str, path: Path, source: str) -> Checkpoint:
     index = path / "model_index.json"
     if not index.is_file():
         raise UserError(
-            f"--ckpt {name}: no model in this folder (expected model_index.json in diffusers' layout)"
+            f"--ckpt {name}: no model in this folder (expected diffusers' model_index.json)"
         )
     pipeline = _read_json(index, "model_index.json").get("_class_name")
     if pipeline not in {kind.pipeline for kind in KINDS.values()}:
@@ -120,12 +120,21 @@ def _from_hub(name: str) -> Checkpoint:
 
 def hub_file(repo: str, file: str) -> Path:
     """Fetch one small file of a hub repository, or say in one line why it cannot be had."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    cached = try_to_load_from_cache(repo, file)
+    if isinstance(cached, str):
+        return Path(cached)
     instead = "or measure speed without its weights: --random_weights"
     try:
-        return Path(hf_hub_download(repo, file, etag_timeout=10))
+        get_hf_file_metadata(hf_hub_url(repo, file), timeout=10)  # one try; a download makes six
+        return Path(hf_hub_download(repo, file))
     except GatedRepoError:
         raise UserError(
             f"--ckpt {repo}: gated; accept the licence at https://huggingface.co/{repo}, "
@@ -136,13 +145,22 @@ def hub_file(repo: str, file: str) -> Path:
             f"--ckpt {repo}: no such model on the hub, or not yours to see (`hf auth login`); "
             f"bundled: {', '.join(BUNDLED)}; {instead} with a FLUX.1 name"
         ) from None
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError, _transport_error()) as error:
         raise UserError(
             f"--ckpt {repo}: not in the local cache and the hub cannot be reached "
-            f"({type(error).__name__}: {first[:120]}); licence: https://huggingface.co/{repo}, "
-            f"login: `hf auth login`; {instead}"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); licence: "
+            f"https://huggingface.co/{repo}, login: `hf auth login`; {instead}"
         ) from None
+
+
+def _transport_error() -> type[Exception]:
+    """Give the base class of connection errors of the HTTP client that huggingface_hub uses."""
+    from huggingface_hub.utils import _http
+
+    for module in ("httpx2", "httpx"):
+        if hasattr(_http, module):
+            return getattr(_http, module).HTTPError
+    return OSError
 
 
 def hub_revision(repo: str) -> str:

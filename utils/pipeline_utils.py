@@ -1,9 +1,9 @@
 """The table of contents: load a FLUX.1 pipeline, apply every optimisation in order, make images.
 
-    args = create_parser().parse_args()     # utils/benchmark_utils.py
-    prepare(args)                           # utils/prepare.py: defaults, and every refusal
-    pipeline = optimize(load_pipeline(args), args)
-    images = generate(pipeline, args)
+args = create_parser().parse_args()     # utils/benchmark_utils.py
+prepare(args)                           # utils/prepare.py: defaults, and every refusal
+pipeline = optimize(load_pipeline(args), args)
+images = generate(pipeline, args)
 """
 
 from utils.steps import (

@@ -122,7 +122,7 @@ def _call_problems(args) -> list[str]:
         args.guidance_scale = kind.guidance
     if args.image and not kind.takes_image:
         problems.append(
-            f"--image {args.image}: {args.checkpoint.name} takes no image (a Kontext checkpoint does)"
+            f"--image {args.image}: {args.checkpoint.name} takes no image (Kontext does)"
         )
     if kind.takes_image and not args.image:
         problems.append(f"--image: {args.checkpoint.name} edits an image, none was given")
@@ -142,7 +142,9 @@ def _open_image(args):
         size = Path(args.image).stat().st_size
         raise UserError(f"--image {args.image}: not an image ({size} bytes found)") from None
     except OSError as error:
-        raise UserError(f"--image {args.image}: cannot be read ({error.strerror or error})") from None
+        raise UserError(
+            f"--image {args.image}: cannot be read ({error.strerror or error})"
+        ) from None
 
 
 def _plan(args) -> dict:

@@ -72,9 +72,7 @@ def compare(result: Result, reference: Result) -> dict:
 
     PSNR is None (JSON has no infinity) where every picture is equal to its reference.
     """
-    values = [
-        psnr_db(a, b) for a, b in zip(result.images, reference.images, strict=True)
-    ]
+    values = [psnr_db(a, b) for a, b in zip(result.images, reference.images, strict=True)]
     finite = [value for value in values if math.isfinite(value)]
     return {
         "psnr_db_mean": round(sum(finite) / len(finite), 2) if finite else None,

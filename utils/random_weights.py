@@ -122,14 +122,16 @@ def _tokenizers(path: Path | None):
     from transformers import AutoTokenizer
 
     folder = path or checkpoints.BUNDLED_DIR / "tiny-schnell"
-    return tuple(AutoTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2"))
+    return tuple(
+        AutoTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2")
+    )
 
 
 def _fill(module, generator) -> None:
     """Draw every parameter in place: variance 1 / fan-in, norms at one, biases small.
 
-    T5 does not scale its attention by 1/sqrt(d), so its q is drawn smaller by that factor. Modulation
-    is drawn at half size, so that gates of 57 blocks do not blow up the residual stream.
+    T5 does not scale its attention by 1/sqrt(d), so its q is drawn smaller by that factor.
+    Modulation is drawn at half size, so that gates of 57 blocks do not blow up the residual stream.
     """
     import torch
 

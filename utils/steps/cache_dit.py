@@ -1,8 +1,8 @@
 """Step caching with cache-dit's DBCache: reuse what the middle blocks computed a step earlier.
 
-It wraps the blocks, so it comes before quantisation looks for Linears in them and before the compiler
-traces them. Settings come from a YAML file (`cache_config.yaml` explains each key). Schnell has four
-steps, all different: there is nothing to reuse, and the step is refused.
+It wraps the blocks, so it comes before quantisation looks for Linears in them and before the
+compiler traces them. Settings come from a YAML file (`cache_config.yaml` explains each key).
+Schnell has four steps, all different: there is nothing to reuse, and the step is refused.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 Scope `full` compiles the transformer as one graph: the fastest code, minutes at full size. Scope
 `blocks` compiles one double and one single block and uses them for all: several times quicker to
-compile, and the glue between the blocks stays eager (inside the CUDA graph on a GPU, so its launches
-cost nothing there). Fullgraph always: a graph break is an error, not a slow run.
+compile, and the glue between the blocks stays eager (inside the CUDA graph on a GPU, where its
+launches cost nothing). Fullgraph always: a graph break is an error, not a slow run.
 
 The mode is max-autotune without Inductor's own CUDA graphs: utils/cudagraph.py records the whole
 forward instead, the same way for compile and for AOTI.
@@ -45,8 +45,8 @@ def check(args) -> Verdict:
 def compiler_mode(args) -> dict[str, bool]:
     """Give Inductor's options for max-autotune without its CUDA graphs.
 
-    On a CPU the search tries C++ templates against oneDNN for every product: minutes for pictures of
-    128 pixels, so there only the code generator's defaults are used.
+    On a CPU the search tries C++ templates against oneDNN for every product: minutes for pictures
+    of 128 pixels, so there only the code generator's defaults are used.
     """
     if args.machine.device == "cpu":
         return {}
@@ -54,10 +54,9 @@ def compiler_mode(args) -> dict[str, bool]:
 
 
 def apply(pipeline, args) -> None:
-    """Compile both components and run the run's own call once, so that timed runs compile nothing."""
+    """Compile both components and make the run's own call once: timed runs compile nothing."""
     import torch
 
-    from utils.cudagraph import wrap_components
     from utils.pipeline_utils import generate
 
     options = {**compiler_mode(args), **inductor_tuning_flags.options(args)}
@@ -68,5 +67,7 @@ def apply(pipeline, args) -> None:
         transformer.forward = torch.compile(transformer.forward, fullgraph=True, options=options)
     decoder.forward = torch.compile(decoder.forward, fullgraph=True, options=options)
     if args.machine.device == "cuda" and not args.cache_dit_config:
+        from utils.cudagraph import wrap_components
+
         wrap_components(pipeline)
     generate(pipeline, args)

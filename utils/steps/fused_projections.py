@@ -44,13 +44,17 @@ def _fuse(module) -> None:
 
 def apply(pipeline, args) -> None:
     """Fuse the projections and free the separate ones."""
+    import torch
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
-    for module in pipeline.transformer.modules():
-        if isinstance(module, AttentionModuleMixin) and module._supports_qkv_fusion:
-            _fuse(module)
-    for module in pipeline.vae.modules():
-        if isinstance(module, Attention) and not module.is_cross_attention:
-            _fuse(module)
-            module.set_processor(FusedAttnProcessor2_0())
+    # nn.Linear draws weights before diffusers overwrites them: keep that out of the random state
+    cuda = [p.device for p in pipeline.transformer.parameters() if p.is_cuda][:1]
+    with torch.random.fork_rng(devices=cuda):
+        for module in pipeline.transformer.modules():
+            if isinstance(module, AttentionModuleMixin) and module._supports_qkv_fusion:
+                _fuse(module)
+        for module in pipeline.vae.modules():
+            if isinstance(module, Attention) and not module.is_cross_attention:
+                _fuse(module)
+                module.set_processor(FusedAttnProcessor2_0())

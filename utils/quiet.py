@@ -1,0 +1,19 @@
+"""Keep the libraries' start-up chatter away from what the scripts have to say.
+
+None of it concerns a FLUX.1 run: torchao announces compiled extensions that float8 does not use,
+transformers an image processor that FLUX.1 has no part for, diffusers prompts that were cut
+(utils/prompts.py says it better).
+"""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Lower the libraries' logging to errors; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
