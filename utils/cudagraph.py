@@ -1,0 +1,166 @@
+"""The one CUDA-graph wrapper: compile and export_aoti both put it around a component's forward.
+
+A graph replays fixed kernels on fixed addresses, so each distinct call gets a graph and static
+input buffers of its own: a call copies its inputs in, replays, and clones the outputs, which are
+therefore safe to keep. Distinct means: structure, every tensor's shape, dtype and device
+(positional or keyword, however nested), and the value of everything that is not a tensor, which
+the recorded kernels have swallowed. All graphs draw on one memory pool, since they never run at
+the same time. Inductor's own CUDA graphs know nothing of AOTI packages and hand out memory that
+the next call overwrites; hence this one for both.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+WARMUP_CALLS = 3  # autotuning, lazily made workspaces and lazy loading must be over before capture
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class Recorder(Protocol):
+    """Turns a function of nothing into a replay of it on the same memory."""
+
+    def record(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        """Return replay(), which repeats fn's work and returns the outputs it has overwritten."""
+
+
+class CUDARecorder:
+    """Record with torch.cuda.CUDAGraph into a memory pool that all graphs share.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self) -> None:
+        self.pool = None  # made at the first recording, so that importing touches no device
+
+    def record(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        """Warm up on a side stream, capture, and return the replay."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_CALLS):
+                fn()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = fn()  # held by replay(): a later capture cannot take their memory
+
+        def replay() -> Any:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+class CUDAGraphWrapper:
+    """Call a function through one recorded graph per distinct call.
+
+    Raises: TypeError for an argument that a graph cannot be keyed by, or an output whose tensors
+        cannot be cloned; RuntimeError naming the component if recording fails.
+    """
+
+    def __init__(self, fn: Callable, name: str, recorder: Recorder | None = None) -> None:
+        self.fn, self.name = fn, name
+        self.recorder = recorder or CUDARecorder()
+        self._graphs: dict[tuple, tuple[list[torch.Tensor], Callable[[], Any]]] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        """Count the distinct calls recorded so far."""
+        return len(self._graphs)
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        """Record on the first call of its kind, replay on every one, and clone what comes out."""
+        # Keyword order is no part of a call; sorting gives f(a=, b=) and f(b=, a=) one graph
+        call = (args, dict(sorted(kwargs.items())))
+        leaves, spec = pytree.tree_flatten(call)
+        key = (spec, *map(self._key_of, leaves)) if self._plain(leaves) else self._explain(call)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if key not in self._graphs:
+            self._graphs[key] = self._record(leaves, spec, tensors)
+        buffers, replay = self._graphs[key]
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)  # right for any strides, an expanded tensor's included
+        return pytree.tree_map(self._keep, replay())
+
+    @staticmethod
+    def _plain(leaves: list) -> bool:
+        return all(isinstance(leaf, (torch.Tensor, *CONSTANTS)) for leaf in leaves)
+
+    @staticmethod
+    def _key_of(leaf: Any) -> tuple:
+        if isinstance(leaf, torch.Tensor):
+            return (leaf.shape, leaf.dtype, leaf.device)
+        return (type(leaf), leaf)  # the type too: 1 == 1.0 == True
+
+    def _explain(self, call: tuple) -> tuple:
+        """Key a call with unusual arguments, or refuse the first that has no lasting value."""
+        paths, spec = pytree.tree_flatten_with_path(call)
+        for path, leaf in paths:
+            by_identity = type(leaf).__hash__ is object.__hash__ and not callable(leaf)
+            try:
+                hash(leaf)
+            except TypeError:
+                reason = "is not hashable"
+            else:
+                if isinstance(leaf, torch.Tensor) or not by_identity:
+                    continue
+                reason = "is compared by identity, so a change of its state would go unseen"
+            # The first key only tells positional from keyword arguments
+            where = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:])
+            raise TypeError(
+                f"CUDA graph of {self.name}: argument {where} of type {type(leaf).__name__} "
+                f"{reason}; expected tensors and plain values"
+            )
+        return (spec, *(self._key_of(leaf) for _, leaf in paths))
+
+    def _record(self, leaves: list, spec, tensors: list[torch.Tensor]) -> tuple:
+        # Buffers made in inference mode could not be written outside of it; leaving it turns
+        # gradients on
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = [_static_like(tensor) for tensor in tensors]
+            for buffer, tensor in zip(buffers, tensors, strict=True):
+                buffer.copy_(tensor)  # warm-up and capture read real values
+            remaining = iter(buffers)
+            static = [next(remaining) if isinstance(x, torch.Tensor) else x for x in leaves]
+            args, kwargs = pytree.tree_unflatten(static, spec)
+            return buffers, self._record_call(args, kwargs, tensors)
+
+    def _record_call(self, args: tuple, kwargs: dict, tensors: list) -> Callable[[], Any]:
+        try:
+            return self.recorder.record(lambda: self.fn(*args, **kwargs))
+        except Exception as error:
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
+            raise RuntimeError(
+                f"CUDA graph of {self.name}: recording failed for inputs {shapes}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _keep(self, leaf: Any) -> Any:
+        """Clone a tensor out of the graph's memory; let constants pass, and nothing else."""
+        if isinstance(leaf, torch.Tensor):
+            return leaf.clone()
+        if isinstance(leaf, CONSTANTS):
+            return leaf
+        raise TypeError(
+            f"CUDA graph of {self.name}: cannot look for tensors in an output of type "
+            f"{type(leaf).__name__}; register it with torch.utils._pytree"
+        )
+
+
+def _static_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Allocate a buffer with the tensor's layout; dense where the tensor overlaps itself."""
+    # preserve_format keeps dense strides (channels_last) and unrolls expanded ones
+    return torch.empty_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def wrap_components(pipeline, recorder: Recorder | None = None) -> None:
+    """Put the transformer's and the VAE decoder's forward into graphs that share one pool."""
+    recorder = recorder or CUDARecorder()
+    for name, module in (("transformer", pipeline.transformer), ("decoder", pipeline.vae.decoder)):
+        module.forward = CUDAGraphWrapper(module.forward, name, recorder)
