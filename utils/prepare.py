@@ -4,7 +4,7 @@ Cheap checks come first (numbers, names, paths: no torch), then the device, then
 Every problem that is found is reported, one line each.
 """
 
-import os
+import tempfile
 from pathlib import Path
 
 from utils import checkpoints
@@ -86,11 +86,20 @@ def _path_problems(args) -> list[str]:
             problems.append(f"{name} {value}: is a folder (expected a file name)")
         elif not path.parent.is_dir():
             problems.append(f"{name} {value}: the folder {path.parent} does not exist")
-        elif not os.access(path.parent, os.W_OK | os.X_OK):
+        elif not _can_write(path.parent):
             problems.append(f"{name} {value}: the folder {path.parent} cannot be written")
         elif flag == "output_file" and path.suffix.lower() != ".png":
             problems.append(f"{name} {value}: expected a name ending in .png")
     return problems
+
+
+def _can_write(folder: Path) -> bool:
+    """Try it: permission bits do not tell about read-only file systems, nor about root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _fill_in(args) -> None:

@@ -80,39 +80,51 @@ def _configs(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
     }
 
 
-def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
-    """Build the checkpoint's pipeline with seeded random weights, directly on the device.
+def modules(checkpoint: checkpoints.Checkpoint, dtype, device: str) -> dict:
+    """Build the four networks on the device (also "meta"), with their libraries' own first values.
 
-    Returns: FluxPipeline or FluxKontextPipeline; parameters in `dtype`, the same for the same seed
-    and device kind.
+    Returns: component name -> torch.nn.Module, in FluxPipeline's names.
     """
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     configs = _configs(checkpoint)
-    clip_tokenizer, t5_tokenizer = _tokenizers(checkpoint.path)
-    clip = configs["text_encoder"] | {
-        "bos_token_id": clip_tokenizer.bos_token_id,
-        "eos_token_id": clip_tokenizer.eos_token_id,
-    }
+    tokenizer, _ = _tokenizers(checkpoint.path)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    clip = CLIPTextConfig(**configs["text_encoder"] | ends)
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            parts = {
+            return {
                 "transformer": diffusers.FluxTransformer2DModel.from_config(configs["transformer"]),
                 "vae": diffusers.AutoencoderKL.from_config(configs["vae"]),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
+                "text_encoder": CLIPTextModel(clip),
                 "text_encoder_2": T5EncoderModel(T5Config(**configs["text_encoder_2"])),
             }
     finally:
         torch.set_default_dtype(default_dtype)
+
+
+def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
+    """Build the checkpoint's pipeline with seeded random weights, directly on the device.
+
+    Returns: FluxPipeline or FluxKontextPipeline; parameters in `dtype`, the same for the same seed
+    and kind of device.
+    """
+    import diffusers
+    import torch
+
+    parts = modules(checkpoint, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     for part in parts.values():
         part.eval().requires_grad_(False)
         _fill(part, generator)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
+    clip_tokenizer, t5_tokenizer = _tokenizers(checkpoint.path)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        _configs(checkpoint)["scheduler"]
+    )
     return getattr(diffusers, checkpoint.defaults.pipeline)(
         **parts, tokenizer=clip_tokenizer, tokenizer_2=t5_tokenizer, scheduler=scheduler
     )

@@ -99,4 +99,6 @@ class FlashFusedFluxAttnProcessor3_0:
         txt, img = out.split_with_sizes(
             [encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1
         )
+        # Dense as in diffusers: on a strided slice Linear takes another path, and rounds otherwise
+        img, txt = img.contiguous(), txt.contiguous()
         return attn.to_out[1](attn.to_out[0](img)), attn.to_add_out(txt)

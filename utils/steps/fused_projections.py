@@ -36,7 +36,11 @@ def _fuse(module) -> None:
     if getattr(module, "is_cross_attention", False):
         return
     if not module.fused_projections:
+        wants_grad = module.to_q.weight.requires_grad
         module.fuse_projections()
+        for name in ("to_qkv", "to_added_qkv"):
+            if name in module._modules:
+                module._modules[name].requires_grad_(wants_grad)
     for name in SEPARATE:
         if name in module._modules:
             delattr(module, name)

@@ -55,6 +55,7 @@ def lacking(machine: Machine) -> str:
 def torchao_problem() -> str:
     """Import torchao: what was found instead of a usable one; "" if nothing is wrong."""
     try:
+        import torchao  # alone first: then a missing package is told from a missing part of it
         import torchao.quantization
     except ModuleNotFoundError as error:
         if error.name == "torchao":

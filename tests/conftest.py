@@ -1,0 +1,68 @@
+"""What the tests share: the bundled checkpoint, runs described by flags, the eager reference."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+
+import pytest
+
+from utils.benchmark_utils import create_parser
+from utils.prepare import prepare
+from utils.quiet import quiet_libraries
+
+quiet_libraries()
+
+
+def make_args(*flags: str, checks: bool = True):
+    """Parse flags as the scripts do and settle the run."""
+    args = create_parser().parse_args(list(flags))
+    if checks:
+        prepare(args)
+    return args
+
+
+def optimized(*flags: str):
+    """Load the bundled checkpoint and apply every step that the flags leave on."""
+    from utils.pipeline_utils import load_pipeline, optimize
+
+    args = make_args("--device", "cpu", *flags)
+    return optimize(load_pipeline(args), args), args
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Give a function: flags that decide the picture -> its Result by plain diffusers, cached."""
+    from utils import quality
+    from utils.pipeline_utils import load_pipeline
+
+    known = {}
+
+    def result(*flags: str) -> quality.Result:
+        if flags not in known:
+            args = make_args("--device", "cpu", *flags)
+            known[flags] = quality.run(load_pipeline(args), args)
+        return known[flags]
+
+    return result
+
+
+@pytest.fixture
+def float8_on_cpu(monkeypatch):
+    """Let torchao quantise on a CPU, whose products run through the same torch._scaled_mm."""
+    import torchao.quantization.quant_api as quant_api
+
+    from utils.steps import quant
+
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
+    monkeypatch.setattr(quant, "lacking", lambda machine: "")
+
+
+@pytest.fixture
+def as_machine(monkeypatch):
+    """Give a function that makes the checks believe in another machine."""
+    from utils import hardware
+
+    def pretend(machine: hardware.Machine) -> None:
+        monkeypatch.setattr(hardware, "detect", lambda device=None: machine)
+
+    return pretend

@@ -1,0 +1,121 @@
+"""The two scripts as users run them, and what they leave behind."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_args
+from PIL import Image
+
+from utils.images import save_images
+from utils.prompts import report_cut_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    """Run a script on the CPU; it has to succeed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words), "--device", "cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def test_gen_image_writes_one_picture_that_says_how_it_was_made(tmp_path):
+    target = tmp_path / "circle.png"
+    prompt = "a red circle on a blue background"
+    done = run("gen_image.py", "--prompt", prompt, "--seed", 7, "--output-file", target)
+    assert [path.name for path in tmp_path.iterdir()] == ["circle.png"]
+    with Image.open(target) as image:
+        assert image.size == (128, 128)
+        about = image.text
+    assert (about["prompt"], about["seed"], about["checkpoint"]) == (prompt, "7", "tiny-schnell")
+    assert json.loads(about["steps"])["fa3"]["state"] == "on"
+    assert json.loads(about["versions"])["diffusers"]
+    assert "on:  fused_projections" in done.stdout
+    assert "off: quant                  unavailable: float8" in done.stdout
+
+
+def test_gen_image_numbers_several_pictures(tmp_path):
+    prompts = ("--prompt", "a red circle", "--prompt", "a blue square")
+    run("gen_image.py", *prompts, "--output-file", tmp_path / "x.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x_0.png", "x_1.png"]
+    for k, prompt in enumerate(prompts[1::2]):
+        with Image.open(tmp_path / f"x_{k}.png") as image:
+            assert (image.text["prompt"], image.text["seed"]) == (prompt, str(k))
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    args = make_args("--device", "cpu", "--output-file", str(tmp_path / "x.png"))
+    save = Image.Image.save
+
+    def interrupted(self, path, **kwargs):
+        save(self, path, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_images([Image.new("RGB", (16, 16))], args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_are_too_long_are_reported_and_go_on(capsys):
+    from utils.pipeline_utils import load_pipeline
+
+    args = make_args("--device", "cpu", "--prompt", "a red circle " * 40)
+    lines = report_cut_prompts(load_pipeline(args), args)
+    assert len(lines) == 1  # 120 words: too many for CLIP's 77, not for T5's 256
+    assert "tokens cut by CLIP's window of 77" in lines[0]
+    assert "note: prompt 'a red circle" in capsys.readouterr().err
+
+
+def test_run_benchmark_reports_json_and_a_trace_with_its_regions(tmp_path):
+    trace = tmp_path / "trace.json.gz"
+    done = run("run_benchmark.py", "--num_runs", 2, "--num_warmup", 1, "--trace-file", trace)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["total_s"]["n"] == 2 and row["total_s"]["min"] > 0
+    assert row["stages_s"]["denoising_step"]["n"] == 2 * 4
+    parts = row["stages_s"]
+    steps = 4 * parts["denoising_step"]["min"]
+    rest = sum(parts[name]["min"] for name in parts if name != "denoising_step")
+    assert steps + rest < row["total_s"]["max"]
+    assert row["quality"]["psnr_db_worst"] is None or row["quality"]["psnr_db_worst"] > 40
+    assert row["quality"]["latents_relative_l2"] < 0.02
+    assert row["memory_gib"]["host_peak"] > 0.1
+    assert row["lossless"] is True
+    assert row["command"].startswith("python run_benchmark.py --num_runs 2")
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json.gz"]
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+    for region, count in {
+        "denoising_step": 4,
+        "decoding": 1,
+        "prompt_encoding": 1,
+        "postprocessing": 1,
+        "pil_conversion": 1,
+    }.items():
+        assert names.count(region) == count, region
+
+
+def test_a_trace_without_gz_is_plain_json(tmp_path):
+    from run_benchmark import write_trace
+
+    write_trace(tmp_path / "trace.json", lambda: None)
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_random_weights_say_that_the_picture_means_nothing(tmp_path):
+    target = tmp_path / "x.png"
+    flags = ("--ckpt", "tiny-schnell", "--random_weights", "--output-file", target)
+    done = run("gen_image.py", *flags)
+    assert done.stdout.count("random weights: the picture means nothing") == 2  # card, file
+    with Image.open(target) as image:
+        assert image.text["note"] == "random weights: the picture means nothing"
