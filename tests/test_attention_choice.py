@@ -210,3 +210,17 @@ def test_fa3_without_descales_is_refused_with_the_way_out():
     assert verdict.state == "refused"
     assert "--fa3_dtype bf16" in verdict.reason
     assert fa3.choose(GPU["H200"], torch.bfloat16, fa3_dtype="bf16", probe=old).is_on
+
+
+def test_flags_reach_the_table(monkeypatch):
+    monkeypatch.setattr(fa3, "probe", installed)
+    flags = {"disable_fa3": False, "disable_quant": False, "fa3_dtype": None}
+    run = {"machine": GPU["H200"], "dtype": torch.bfloat16, "attention_backend": "auto"}
+
+    def check(**changed):
+        return fa3.check(SimpleNamespace(**(run | flags | changed)))
+
+    assert check().settings["dtype"] == "fp8"
+    assert check(disable_quant=True).settings["dtype"] == "bf16"
+    assert check(attention_backend="sdpa_cudnn").settings["backend"] == "sdpa_cudnn"
+    assert check(disable_fa3=True).reason == "--disable_fa3"

@@ -156,7 +156,12 @@ def check(args) -> Verdict:
     if args.disable_fa3:
         return off("--disable_fa3")
     return choose(
-        args.machine, args.dtype, args.disable_quant, args.fa3_dtype, args.attention_backend
+        args.machine,
+        args.dtype,
+        args.disable_quant,
+        args.fa3_dtype,
+        args.attention_backend,
+        probe,  # looked up at the call: a test can put another in its place
     )
 
 
