@@ -1,0 +1,301 @@
+"""Export one component, compile it ahead of time, and run the package with the live weights.
+
+AOTInductor checks nothing: a wrong shape gives garbage, a wrong dtype corrupts the heap, a package
+without its weights crashes. So everything is described here and compared before the code is
+touched: the inputs of every call, and each weight before its pointer is handed over. Weights stay
+outside of the package and are aliased, not copied.
+
+Two ways for weights into the code are closed: vectors of 8 elements or fewer, which Inductor
+inlines by default (the decoder's conv_out.bias), are kept as constants. One-element tensors
+(float8 scales per tensor) are folded whatever the options, so their values are part of a package's
+identity.
+"""
+
+import copy
+import hashlib
+import inspect
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+PACKAGE_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+}
+MAX_PROBLEMS = 5  # lines; a foreign set of weights differs in hundreds
+
+
+class Component:
+    """One module whose forward is to be replaced: its call, its weights, its package.
+
+    `inputs` maps every parameter of forward, in order, to what a call gave (or the default);
+    return_dict is always False inside of a package.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        if "forward" in vars(module):
+            raise RuntimeError(f"export_aoti: {name}.forward has been replaced already")
+        self.name, self.module = name, module
+        self.signature = inspect.signature(module.forward)
+        self.inputs: dict | None = None
+
+    def bind(self, args: tuple, kwargs: dict) -> tuple[dict, bool]:
+        """Give every parameter its value; return_dict is told apart."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        inputs = dict(bound.arguments)
+        return_dict = bool(inputs.get("return_dict", False))
+        if "return_dict" in inputs:
+            inputs["return_dict"] = False
+        # FluxPipeline says {} for "no kwargs": the same program as None
+        empty = {k: None for k, v in inputs.items() if isinstance(v, (dict, list, tuple)) and not v}
+        return inputs | empty, return_dict
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Name every live tensor as the exported program does. Nothing is copied."""
+        return _named_tensors(self.shell())
+
+    def shell(self) -> torch.nn.Module:
+        """Copy the module's structure around the same tensors, subclasses (float8) unwrapped.
+
+        Export needs plain tensors, and unwrapping changes modules in place: not the live ones.
+        """
+        from torchao.utils import unwrap_tensor_subclass
+
+        shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        return unwrap_tensor_subclass(copy.deepcopy(self.module, shared))
+
+
+def record_inputs(components: list[Component], run: Callable[[], object]) -> None:
+    """Run once and note what each component is really called with.
+
+    Raises: RuntimeError if one is not called, or in two ways.
+    """
+
+    def hook_of(component):
+        def hook(module, args, kwargs):
+            inputs, _ = component.bind(args, kwargs)
+            inputs = pytree.tree_map_only(torch.Tensor, _dense, inputs)
+            if component.inputs is None:
+                component.inputs = inputs
+            elif lines := call_differences(describe(component.inputs), describe(inputs)):
+                raise RuntimeError(f"export_aoti: {component.name} called in two ways: {lines[0]}")
+
+        return hook
+
+    handles = [
+        component.module.register_forward_pre_hook(hook_of(component), with_kwargs=True)
+        for component in components
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for component in components:
+        if component.inputs is None:
+            raise RuntimeError(f"export_aoti: the pipeline's call never reached {component.name}")
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Keep the layout of a dense tensor; unroll one that overlaps itself or has gaps."""
+    return torch.empty_like(tensor).copy_(tensor)  # the loop overwrites its latents: a copy
+
+
+def _layout(tensor: torch.Tensor) -> list[int]:
+    """Strides, with 1 where the size says that the stride is never used."""
+    return [
+        1 if size < 2 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+
+
+def describe(inputs: dict) -> dict[str, dict]:
+    """Describe a call for the manifest: shape, dtype, stride and device, or the plain value."""
+    described = {}
+    for path, leaf in pytree.tree_leaves_with_path(inputs):
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        if isinstance(leaf, torch.Tensor):
+            described[name] = {
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "stride": _layout(leaf),
+                "device": leaf.device.type,
+            }
+        else:
+            described[name] = {"value": repr(leaf)}
+    return described
+
+
+def call_differences(covers: dict[str, dict], call: dict[str, dict]) -> list[str]:
+    """Compare two described calls, strides aside: one line per field."""
+    lines = []
+    for name in dict.fromkeys((*covers, *call)):
+        ours, theirs = covers.get(name, {}), call.get(name, {})
+        for field in ("shape", "dtype", "device", "value"):
+            if ours.get(field) != theirs.get(field):
+                has = f"{theirs.get(field)}" if field in theirs else _kind(theirs)
+                covered = f"{ours.get(field)}" if field in ours else _kind(ours)
+                lines.append(f"{name} {field}: the package covers {covered}, the call has {has}")
+                break
+    return lines
+
+
+def _kind(entry: dict) -> str:
+    if not entry:
+        return "no such input"
+    return f"the value {entry['value']}" if "value" in entry else f"a tensor {entry['shape']}"
+
+
+def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = dict(module.named_parameters(remove_duplicate=False))
+    named.update(module.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def folded_values(weights: dict[str, torch.Tensor]) -> str | None:
+    """Digest the values of the one-element tensors, which Inductor folds into the code."""
+    single = {name: t for name, t in sorted(weights.items()) if t.numel() == 1}
+    if not single:
+        return None
+    digest = hashlib.sha256("\0".join(single).encode())
+    values = torch.stack([t.reshape(()).double() for t in single.values()])  # one copy to the host
+    digest.update(values.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _spec(tensor: torch.Tensor) -> list:
+    return [list(tensor.shape), str(tensor.dtype), _layout(tensor)]
+
+
+def constant_problems(expected: dict[str, list], live: dict[str, torch.Tensor]) -> list[str]:
+    """Compare the weights that the code expects with those there are: one line each."""
+    lines = []
+    for name, spec in expected.items():
+        found = _spec(live[name]) if name in live else None
+        if found != list(spec):
+            lines.append(f"weight {name}: found {found or 'nothing'}, expected {spec}")
+    if len(lines) > MAX_PROBLEMS:
+        lines[MAX_PROBLEMS:] = [f"... and {len(lines) - MAX_PROBLEMS} more weights"]
+    return lines
+
+
+def export(component: Component):
+    """Trace the component with the recorded call, weights shared.
+
+    Returns: torch.export.ExportedProgram
+    """
+    with torch.no_grad():
+        # Not strict: the same program without Dynamo's pass over every line of diffusers
+        return torch.export.export(component.shell(), (), component.inputs, strict=False)
+
+
+def compile_package(program, component: Component, options: dict) -> tuple[dict, dict]:
+    """Compile an exported program into files of a package, and say which weights it expects.
+
+    Returns: ({".pt2": bytes, ".safetensors": bytes of tensors that are no weights}, constants)
+    """
+    from safetensors.torch import save
+
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "package.pt2")
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=path, inductor_configs={**options, **PACKAGE_OPTIONS}
+        )
+        names = load_package(path).get_constant_fqns()
+        code = Path(path).read_bytes()
+    weights = component.weights()
+    lifted = {n: t for n, t in program.constants.items() if n in names and n not in weights}
+    if missing := [n for n in names if n not in weights and n not in lifted]:
+        raise RuntimeError(f"export_aoti: {component.name}: unknown constants {missing}")
+    files = {".pt2": code}
+    if lifted:
+        files[".safetensors"] = save({n: t.contiguous() for n, t in lifted.items()})
+    return files, {n: _spec(weights[n]) for n in names if n in weights}
+
+
+def load_package(path: str | Path):
+    """Open a package; its custom ops must be registered before.
+
+    Returns: AOTICompiledModel, which must not be called before it has its constants
+    """
+    import utils.kernels.flash_attention  # noqa: F401  registers flash::flash_attn_func
+
+    # Single-threaded: without it the runner waits for events, which a CUDA graph cannot record
+    return torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+
+
+def attach(component: Component, files: dict[str, Path], expected: dict[str, list]):
+    """Load a package and point it at the live weights, all of them checked before.
+
+    Returns: a callable of the component's inputs by name, giving the package's outputs
+    Raises: RuntimeError naming the weights that differ.
+    """
+    weights = component.weights()
+    problems = constant_problems(expected, weights)
+    constants = {name: weights[name] for name in expected if name in weights}
+    device = next(iter(weights.values())).device
+    if ".safetensors" in files:
+        from safetensors.torch import load
+
+        lifted = load(files[".safetensors"].read_bytes())
+        constants |= {name: tensor.to(device) for name, tensor in lifted.items()}
+    package = load_package(files[".pt2"])
+    names = package.get_constant_fqns()
+    problems += [f"constant {n}: found nothing" for n in names if n not in constants]
+    if problems:
+        raise RuntimeError(f"export_aoti: {component.name}: " + "; ".join(problems))
+    given = {name: constants[name] for name in names}
+    package.load_constants(given, check_full_update=True, user_managed=True)
+
+    package.held = given  # user-managed: the code has bare pointers, someone must hold the tensors
+    return package
+
+
+class PackageForward:
+    """Stands in for a component's forward: compares each call with the package, then runs it."""
+
+    def __init__(self, component: Component, run: Callable) -> None:
+        self.name, self.bind, self.run = component.name, component.bind, run
+        self.covers = describe(component.inputs)
+        leaves, self.spec = pytree.tree_flatten(component.inputs)
+        self.expected = [self._quick(leaf) for leaf in leaves]
+        self.templates = [
+            leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+        ]
+
+    @staticmethod
+    def _quick(leaf) -> tuple:
+        if isinstance(leaf, torch.Tensor):
+            return (leaf.shape, leaf.dtype, leaf.device)
+        return (type(leaf), leaf)
+
+    def __call__(self, *args, **kwargs):
+        """Give what the original forward gives.
+
+        Raises: ValueError naming the first input that the package does not cover.
+        """
+        inputs, return_dict = self.bind(args, kwargs)
+        leaves, spec = pytree.tree_flatten(inputs)
+        if spec != self.spec or [self._quick(leaf) for leaf in leaves] != self.expected:
+            lines = call_differences(self.covers, describe(inputs)) or ["another device index"]
+            raise ValueError(f"export_aoti: {self.name}: {lines[0]}; export for this call anew")
+        leaves = [
+            self._laid_out(leaf, template)
+            for leaf, template in zip(leaves, self.templates, strict=True)
+        ]
+        output = self.run(**pytree.tree_unflatten(leaves, spec))
+        if return_dict:
+            from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+            return Transformer2DModelOutput(sample=output[0])
+        return output
+
+    @staticmethod
+    def _laid_out(leaf, template):
+        """Give a tensor the strides that the code was compiled for."""
+        if not isinstance(leaf, torch.Tensor) or _layout(leaf) == _layout(template):
+            return leaf
+        return torch.empty_like(template, device=leaf.device).copy_(leaf)

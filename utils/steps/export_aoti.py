@@ -1,0 +1,183 @@
+"""torch.export + AOTInductor: pay minutes of compilation once, start in seconds afterwards.
+
+Last, instead of `compile`: the package freezes everything above. Transformer and VAE decoder each
+become one package of code without weights, made for exactly the call of this run (batch, size,
+text length, guidance or none), which is recorded rather than assumed. On CUDA the forward is then
+put into a graph (utils/cudagraph.py). A package is used only if its whole manifest belongs to this
+run (utils/artifacts.py); everything that AOTI itself does not check, utils/aoti.py does.
+"""
+
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.steps import Verdict, compile, inductor_tuning_flags, off, on, refused
+
+NAME = "export_aoti"
+AFTER = ("inductor_tuning_flags",)
+
+CACHE_DIR = "~/.cache/flux-bench"
+
+
+def add_flags(parser) -> None:
+    """Add where packages are kept and whether one may be built."""
+    parser.add_argument(
+        "--cache-dir", default=CACHE_DIR, help="exported packages; only its owner may write to it"
+    )
+    parser.add_argument(
+        "--use-cached-model",
+        action="store_true",
+        help="load packages from --cache-dir, never build one: stop if none belongs to this run",
+    )
+
+
+def check(args) -> Verdict:
+    """Decide from the flags and the cache directory."""
+    from utils.artifacts import cache_problem
+
+    mode = args.compile_export_mode
+    if mode != "export_aoti":
+        if args.use_cached_model:
+            return refused(
+                f"--use-cached-model: found --compile_export_mode {mode}, expected export_aoti "
+                "(only exported packages are kept)"
+            )
+        return off(f"--compile_export_mode {mode}")
+    if args.compile_scope == "blocks":
+        return refused(
+            "--compile_scope blocks: export_aoti builds packages of whole components only; use "
+            "--compile_scope full or --compile_export_mode compile"
+        )
+    if problem := cache_problem(args.cache_dir):
+        return refused(problem)
+    if args.use_cached_model and not any(Path(args.cache_dir).expanduser().glob("*.pt2")):
+        return refused(
+            f"--use-cached-model: found no package in --cache-dir {args.cache_dir}; run once "
+            "without the flag to build them"
+        )
+    return on(**compile.compiler_mode(args))
+
+
+def apply(pipeline, args) -> None:
+    """Replace both forwards by packages and make the run's own call once.
+
+    Raises: UserError if --use-cached-model finds no package of this run; lines name the fields.
+    """
+    from utils import aoti
+    from utils.artifacts import open_cache
+    from utils.cudagraph import wrap_components
+    from utils.errors import UserError
+    from utils.pipeline_utils import generate
+
+    root = open_cache(args.cache_dir)
+    components = [
+        aoti.Component("transformer", pipeline.transformer),
+        aoti.Component("decoder", pipeline.vae.decoder),
+    ]
+    with _stages(3 + 2 * len(components)) as stage:
+        stage("record inputs")
+        aoti.record_inputs(components, lambda: generate(pipeline, args, num_inference_steps=1))
+        shared = _shared_identity(args)
+        found = [_find(root, component, shared) for component in components]
+        missing = [line for _, _, lines in found for line in lines]
+        if missing and args.use_cached_model:
+            raise UserError(
+                "\n".join(f"--use-cached-model: {line}" for line in missing)
+                + "\nrun once without the flag to build the packages"
+            )
+        if missing:
+            _say("no package of this run yet; building takes minutes at full size, once")
+        for component, (identity, package, _) in zip(components, found, strict=True):
+            package = package or _build(root, component, shared, identity, args, stage)
+            stage(f"load {component.name}")
+            run = aoti.attach(component, package.files, package.constants)
+            component.module.forward = aoti.PackageForward(component, run)
+            component.inputs = None  # recorded tensors are no longer needed
+        if args.machine.device == "cuda":
+            wrap_components(pipeline)
+        stage("warm up")
+        generate(pipeline, args)
+
+
+def _shared_identity(args) -> dict:
+    """Say what every package of this run depends on; a local checkpoint is read once for it."""
+    import dataclasses
+
+    from utils import aoti, artifacts
+
+    here = Path(__file__).parent
+    steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
+    sources = [here / f"{name}.py" for name in steps]
+    sources += [*(here.parent / "kernels").glob("*.py"), Path(aoti.__file__)]
+    machine = dataclasses.asdict(args.machine)
+    return {
+        "checkpoint": {"name": args.checkpoint.name, "weights": args.checkpoint.identity()},
+        "steps": {name: verdict.settings for name, verdict in steps.items()},
+        "dtype": str(args.dtype),
+        "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")},
+        "compiler": _options(args) | aoti.PACKAGE_OPTIONS,
+        "versions": artifacts.environment(),
+        "code": artifacts.code_digest([file for file in sources if file.exists()]),
+    }
+
+
+def _options(args) -> dict:
+    return {**compile.compiler_mode(args), **inductor_tuning_flags.options(args)}
+
+
+def _find(root: Path, component, shared: dict) -> tuple:
+    """Look for a component's package: its identity, the package or None, and the reasons."""
+    from utils import aoti, artifacts
+
+    weights = component.weights()
+    identity = shared | {
+        "component": component.name,
+        "inputs": aoti.describe(component.inputs),
+        "folded_weights": aoti.folded_values(weights),
+    }
+    package, lines = artifacts.find(root, identity)
+    if package is not None:
+        problems = aoti.constant_problems(package.constants, weights)
+        lines = [f"{package.name}: {line}" for line in problems]
+    return identity, None if lines else package, lines
+
+
+def _build(root: Path, component, shared: dict, identity: dict, args, stage):
+    """Export, compile and store one component, unless another process has just done so."""
+    from utils import aoti, artifacts
+
+    start = time.perf_counter()
+    with artifacts.building(root, identity):
+        if (package := _find(root, component, shared)[1]) is not None:
+            return package
+        stage(f"export {component.name}")
+        program = aoti.export(component)
+        stage(f"compile {component.name}")
+        files, constants = aoti.compile_package(program, component, _options(args))
+        package = artifacts.save(root, identity, files, constants)
+    _say(
+        f"built {package.name} in {time.perf_counter() - start:.0f} s, "
+        f"{package.size / 2**20:.1f} MiB, in {root}"
+    )
+    return package
+
+
+def _say(text: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"{NAME}: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _stages(total: int):
+    """Show the stage by name; on a terminal only."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=NAME, disable=None, leave=False, file=sys.stderr) as bar:
+
+        def stage(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        yield stage
