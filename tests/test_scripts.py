@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,35 @@ def test_random_weights_say_that_the_picture_means_nothing(tmp_path):
     assert done.stdout.count("random weights: the picture means nothing") == 2  # card, file
     with Image.open(target) as image:
         assert image.text["note"] == "random weights: the picture means nothing"
+
+
+def test_ctrl_c_leaves_no_file(tmp_path):
+    words = ("gen_image.py", "--num_inference_steps", "5000", "--device", "cpu")
+    process = subprocess.Popen(
+        [sys.executable, *words, "--output-file", str(tmp_path / "x.png")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("machine")  # it is running, 5,000 steps are ahead
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted: nothing was written"
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_one_line(tmp_path):
+    from utils.errors import UserError
+    from utils.pipeline_utils import load_pipeline
+
+    copy = tmp_path / "damaged"
+    shutil.copytree(ROOT / "tiny_flux" / "tiny-schnell", copy)
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10_000])
+    args = make_args("--device", "cpu", "--ckpt", str(copy))
+    with pytest.raises(UserError, match="cannot be loaded") as refusal:
+        load_pipeline(args)
+    assert len(str(refusal.value).splitlines()) == 1

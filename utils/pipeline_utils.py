@@ -33,18 +33,30 @@ def load_pipeline(args):
     """Load or build the pipeline of `args.checkpoint` on its device, bf16 unless turned off.
 
     Returns: diffusers.FluxPipeline or FluxKontextPipeline, unchanged by any step.
+    Raises: UserError if the weights are missing, damaged or not to be had.
     """
     import diffusers
 
+    from utils.quiet import no_bars_without_terminal
+
+    no_bars_without_terminal()
     if args.checkpoint.random_weights:
         from utils.random_weights import build
 
         pipeline = build(args.checkpoint, args.dtype, args.device, args.seed)
     else:
+        from safetensors import SafetensorError
+
+        from utils.errors import UserError
+
         cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
-        pipeline = cls.from_pretrained(
-            args.checkpoint.path or args.checkpoint.name, dtype=args.dtype
-        ).to(args.device)
+        source = args.checkpoint.path or args.checkpoint.name
+        try:
+            pipeline = cls.from_pretrained(source, dtype=args.dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            what = " ".join(str(error).split())
+            raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
+        pipeline.to(args.device)
     pipeline.set_progress_bar_config(disable=None, leave=False)
     return pipeline
 

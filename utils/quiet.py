@@ -7,6 +7,7 @@ transformers an image processor that FLUX.1 has no part for, diffusers prompts t
 
 import logging
 import os
+import sys
 import warnings
 
 
@@ -17,3 +18,13 @@ def quiet_libraries() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def no_bars_without_terminal() -> None:
+    """Turn the loading bars of both libraries off where nobody sees them move."""
+    import diffusers
+    import transformers
+
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
+from utils.quiet import quiet_libraries
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MACHINES = {
@@ -123,4 +124,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     README.write_text(render(README.read_text()))

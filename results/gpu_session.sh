@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Run one part of results/TODO.md on a GPU machine, keep every row, never stop at a failure.
+#
+#   bash results/gpu_session.sh PART [PART ...]      parts: see below; output: $OUT (default ./out)
+#
+# Wheels in .whl/ (see results/TODO.md), if any, are installed beside the machine's own packages.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+for part in "$@"; do
+  grep -q "^    $part)" results/gpu_session.sh || { echo "unknown part: $part" >&2; exit 2; }
+done
+OUT=${OUT:-out}
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if compgen -G ".whl/*.whl" >/dev/null; then
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target /tmp/site .whl/*.whl || exit 1
+  export PYTHONPATH=/tmp/site
+fi
+nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.max.sm --format=csv,noheader |
+  tee "$OUT/gpu.txt"
+
+# row SECONDS NAME FLAGS...: one benchmark in a process of its own; its JSON line goes to rows.jsonl
+row() {
+  local limit=$1 name=$2 start=$SECONDS
+  shift 2
+  echo "=== $name: run_benchmark.py $*"
+  if timeout -k 5 "$limit" python3 run_benchmark.py --random_weights "$@" >"$OUT/last.txt" 2>&1; then
+    tail -n 1 "$OUT/last.txt" >>"$OUT/rows.jsonl"
+    grep -E "^(load|total|memory|quality|  )" "$OUT/last.txt"
+  else
+    echo "FAILED ($?)"
+    tail -n 15 "$OUT/last.txt"
+  fi
+  cat "$OUT/last.txt" >>"$OUT/log.txt"
+  echo "--- $((SECONDS - start)) s"
+}
+
+EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --compile_export_mode disabled"
+BLOCKS="--compile_export_mode compile --compile_scope blocks"
+FULL="--compile_export_mode compile --compile_scope full"
+AOTI="--compile_export_mode export_aoti --cache-dir /tmp/packages"
+SCHNELL="--ckpt black-forest-labs/FLUX.1-schnell"
+DEV="--ckpt black-forest-labs/FLUX.1-dev"
+
+for part in "$@"; do
+  case $part in
+    correct) # every GPU path against its plain twin
+      timeout 420 python3 -m pytest -m gpu -p no:cacheprovider tests 2>&1 | tee "$OUT/pytest.txt" | tail -n 30 ;;
+    schnell) # the ladder, cheapest compile first
+      row 120 eager $SCHNELL $EAGER
+      row 120 lossless-eager $SCHNELL --disable_quant --compile_export_mode disabled
+      row 150 lossless-blocks $SCHNELL --disable_quant $BLOCKS
+      row 150 fp8-blocks $SCHNELL $BLOCKS --trace-file "$OUT/schnell-fp8-blocks.json.gz" ;;
+    schnell-full) # what whole-graph compilation adds, and what it costs
+      row 300 fp8-full $SCHNELL $FULL
+      row 280 lossless-full $SCHNELL --disable_quant $FULL ;;
+    schnell-aoti) # first export, then the start from the stored package
+      row 420 fp8-aoti $SCHNELL $AOTI
+      row 120 fp8-aoti-warm $SCHNELL $AOTI --use-cached-model ;;
+    dev)
+      row 150 eager $DEV $EAGER --num_runs 5
+      row 150 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5
+      row 150 fp8-blocks $DEV $BLOCKS --num_runs 5 ;;
+    leave-one-out) # each step's own worth inside the fastest quick stack
+      for flag in --disable_fused_projections --disable_fa3 --disable_channels_last \
+        --disable_inductor_tuning_flags "--fa3_dtype bf16" "--quant_granularity tensor" \
+        "--quant_filter all"; do
+        row 120 "without: $flag" $SCHNELL $BLOCKS $flag
+      done ;;
+    sizes)
+      row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
+      row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;
+  esac
+done

@@ -1,0 +1,60 @@
+"""The repository keeps its promises: generated tables, one test command, a size that travels."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from utils import readme
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = readme.README.read_text()
+
+
+def tracked() -> list[Path]:
+    """List the files that git tracks, or skip where there is no git checkout."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name]
+
+
+def test_the_readmes_tables_are_those_of_the_code():
+    assert readme.render(TEXT) == TEXT, "run: python -m utils.readme"
+
+
+def test_a_missing_marker_is_an_error():
+    with pytest.raises(ValueError, match="no markers for steps"):
+        readme.render("no tables here")
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    command = next(line for line in TEXT.splitlines() if line.endswith('pytest -m "not slow"'))
+    for part in command.split(" && "):
+        assert part.replace("pip install", "pip install --quiet") in script or part in script, part
+
+
+def test_tracked_files_fit_one_transfer():
+    assert sum(file.stat().st_size for file in tracked() if file.exists()) < 26 * 2**20
+
+
+def test_every_committed_row_names_its_command_and_environment():
+    for file in (ROOT / "results").glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            assert row["command"].startswith("python run_benchmark.py")
+            assert row["environment"]["commit"] and row["environment"]["versions"]["torch"]
+            assert row["total_s"]["n"] >= 5
+            if row["lossless"]:
+                assert row["quality"]["psnr_db_worst"] is None or (
+                    row["quality"]["psnr_db_worst"] > 35
+                )
+
+
+def test_the_core_is_one_evening_of_reading():
+    """Each file one reading, and the core as a whole about 2,000 lines of code."""
+    for file in tracked():
+        if file.suffix == ".py":
+            assert len(file.read_text().splitlines()) <= 350, file

@@ -1,0 +1,79 @@
+"""The whole stack on a CUDA device: every mode against eager on the same device."""
+
+import pytest
+import torch
+from conftest import make_args
+
+from utils import quality
+from utils.pipeline_utils import generate, load_pipeline, optimize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+RUN = (
+    "--ckpt",
+    "tiny-schnell",
+    "--device",
+    "cuda",
+    "--prompt",
+    "a red circle on a blue background",
+)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """Give plain diffusers' result in bf16 on this device."""
+    args = make_args(*RUN, "--disable_quant", "--disable_fa3")
+    return quality.run(load_pipeline(args), args)
+
+
+@pytest.mark.parametrize("float8", [False, True], ids=["bf16", "float8"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("disabled",),
+        ("compile", "--compile_scope", "blocks"),
+        ("compile", "--compile_scope", "full"),
+        ("export_aoti",),
+    ],
+    ids=lambda mode: "-".join(mode[::2]),
+)
+def test_mode_against_eager(mode, float8, eager, tmp_path):
+    flags = [*RUN, "--compile_export_mode", *mode, "--cache-dir", str(tmp_path / "packages")]
+    args = make_args(*flags, *([] if float8 else ["--disable_quant"]))
+    torch._dynamo.reset()
+    pipeline = optimize(load_pipeline(args), args)
+    result = quality.run(pipeline, args)
+    scores = quality.compare(result, eager)
+    psnr = 99.0 if scores["psnr_db_worst"] is None else scores["psnr_db_worst"]
+    assert psnr > (30 if float8 else 40), scores
+    again = generate(pipeline, args)[0]
+    assert again.tobytes() == result.images[0].tobytes()  # graphs replay the same
+
+
+def test_a_package_is_reused_by_the_next_run(tmp_path):
+    where = ("--compile_export_mode", "export_aoti", "--cache-dir", str(tmp_path / "packages"))
+    first = make_args(*RUN, *where)
+    expected = generate(optimize(load_pipeline(first), first), first)[0]
+    second = make_args(*RUN, *where, "--use-cached-model")
+    image = generate(optimize(load_pipeline(second), second), second)[0]
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_the_denoising_loop_waits_for_nothing(eager):
+    """No step of the compiled stack may make the host wait for the device."""
+    args = make_args(*RUN, "--compile_export_mode", "compile", "--compile_scope", "blocks")
+    torch._dynamo.reset()
+    pipeline = optimize(load_pipeline(args), args)
+    forward = pipeline.transformer.forward
+
+    def strict(*positional, **named):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return forward(*positional, **named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    pipeline.transformer.forward = strict
+    assert quality.compare(quality.run(pipeline, args), eager)["images"] == 1
