@@ -230,7 +230,7 @@ def transformer_call(built, **changes):
         ({"timestep": torch.zeros(1, device="meta")}, r"timestep device.*cpu.*meta"),
         ({"guidance": torch.ones(1)}, r"guidance.*the value None.*\[1\]"),
         ({"txt_ids": None}, r"txt_ids.*\[32, 3\].*None"),
-        ({"joint_attention_kwargs": {"scale": 2.0}}, r"joint_attention_kwargs.*scale|scale"),
+        ({"joint_attention_kwargs": {"scale": 2.0}}, "joint_attention_kwargs.*covers None"),
         ({"controlnet_blocks_repeat": True}, r"controlnet_blocks_repeat.*False.*True"),
     ],
     ids=["tokens", "batch", "dtype", "device", "guidance", "missing", "kwargs", "flag"],
@@ -356,7 +356,7 @@ def test_weights_that_do_not_fit_the_code_are_refused(built):
         aoti.attach(component, {".pt2": package}, manifest["constants"])
     pipeline = make_pipeline()
     pipeline.vae.to(memory_format=torch.contiguous_format)  # other strides: other memory
-    with pytest.raises(UserError, match=r"decoder.*weight conv_in\.weight: found.*expected"):
+    with pytest.raises(UserError, match=r"decoder.*weight conv_out\.weight: found.*expected"):
         export_aoti.apply(pipeline, make_args(built.root, use_cached_model=True))
 
 
@@ -449,8 +449,9 @@ def test_scales_per_tensor_are_part_of_the_identity(monkeypatch):
     from torchao.quantization import PerRow, PerTensor
 
     digests = []
-    for seed in (0, 0, 3):
-        model = make_transformer(torch.bfloat16, seed)
+    for factor in (1, 1, 2):
+        model = make_transformer(torch.bfloat16)
+        model.transformer_blocks[0].ff.net[2].weight.mul_(factor)
         quantise(model, PerTensor(), monkeypatch)
         digests.append(aoti.folded_values(aoti.Component("transformer", model).weights()))
     assert digests[0] == digests[1] != digests[2]

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
+from utils.calls import call_differences, dense, describe, layout
+
 PACKAGE_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
@@ -78,7 +80,7 @@ def record_inputs(components: list[Component], run: Callable[[], object]) -> Non
     def hook_of(component):
         def hook(module, args, kwargs):
             inputs, _ = component.bind(args, kwargs)
-            inputs = pytree.tree_map_only(torch.Tensor, _dense, inputs)
+            inputs = pytree.tree_map_only(torch.Tensor, dense, inputs)
             if component.inputs is None:
                 component.inputs = inputs
             elif lines := call_differences(describe(component.inputs), describe(inputs)):
@@ -100,55 +102,6 @@ def record_inputs(components: list[Component], run: Callable[[], object]) -> Non
             raise RuntimeError(f"export_aoti: the pipeline's call never reached {component.name}")
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Keep the layout of a dense tensor; unroll one that overlaps itself or has gaps."""
-    return torch.empty_like(tensor).copy_(tensor)  # the loop overwrites its latents: a copy
-
-
-def _layout(tensor: torch.Tensor) -> list[int]:
-    """Strides, with 1 where the size says that the stride is never used."""
-    return [
-        1 if size < 2 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-
-
-def describe(inputs: dict) -> dict[str, dict]:
-    """Describe a call for the manifest: shape, dtype, stride and device, or the plain value."""
-    described = {}
-    for path, leaf in pytree.tree_leaves_with_path(inputs):
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-        if isinstance(leaf, torch.Tensor):
-            described[name] = {
-                "shape": list(leaf.shape),
-                "dtype": str(leaf.dtype),
-                "stride": _layout(leaf),
-                "device": leaf.device.type,
-            }
-        else:
-            described[name] = {"value": repr(leaf)}
-    return described
-
-
-def call_differences(covers: dict[str, dict], call: dict[str, dict]) -> list[str]:
-    """Compare two described calls, strides aside: one line per field."""
-    lines = []
-    for name in dict.fromkeys((*covers, *call)):
-        ours, theirs = covers.get(name, {}), call.get(name, {})
-        for field in ("shape", "dtype", "device", "value"):
-            if ours.get(field) != theirs.get(field):
-                has = f"{theirs.get(field)}" if field in theirs else _kind(theirs)
-                covered = f"{ours.get(field)}" if field in ours else _kind(ours)
-                lines.append(f"{name} {field}: the package covers {covered}, the call has {has}")
-                break
-    return lines
-
-
-def _kind(entry: dict) -> str:
-    if not entry:
-        return "no such input"
-    return f"the value {entry['value']}" if "value" in entry else f"a tensor {entry['shape']}"
-
-
 def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     named = dict(module.named_parameters(remove_duplicate=False))
     named.update(module.named_buffers(remove_duplicate=False))
@@ -167,7 +120,7 @@ def folded_values(weights: dict[str, torch.Tensor]) -> str | None:
 
 
 def _spec(tensor: torch.Tensor) -> list:
-    return [list(tensor.shape), str(tensor.dtype), _layout(tensor)]
+    return [list(tensor.shape), str(tensor.dtype), layout(tensor)]
 
 
 def constant_problems(expected: dict[str, list], live: dict[str, torch.Tensor]) -> list[str]:
@@ -195,15 +148,24 @@ def export(component: Component):
 def compile_package(program, component: Component, options: dict) -> tuple[dict, dict]:
     """Compile an exported program into files of a package, and say which weights it expects.
 
+    Like torch._inductor.aoti_compile_and_package, but for the names of lifted tensors.
+
     Returns: ({".pt2": bytes, ".safetensors": bytes of tensors that are no weights}, constants)
     """
     from safetensors.torch import save
+    from torch._inductor import aot_compile
+    from torch._inductor.package import package_aoti
 
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "package.pt2")
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=path, inductor_configs={**options, **PACKAGE_OPTIONS}
-        )
+        graph = program.module(check_guards=False)
+        # Lifted tensors would come out as _tensor_constant0, 1, ...: as buffers they keep names
+        for name, tensor in program.constants.items():
+            owner, _, leaf = name.rpartition(".")
+            delattr(graph.get_submodule(owner), leaf)
+            graph.get_submodule(owner).register_buffer(leaf, tensor)
+        options = {**options, **PACKAGE_OPTIONS, "aot_inductor.package": True}
+        package_aoti(path, aot_compile(graph, *program.example_inputs, options=options))
         names = load_package(path).get_constant_fqns()
         code = Path(path).read_bytes()
     weights = component.weights()
@@ -296,6 +258,6 @@ class PackageForward:
     @staticmethod
     def _laid_out(leaf, template):
         """Give a tensor the strides that the code was compiled for."""
-        if not isinstance(leaf, torch.Tensor) or _layout(leaf) == _layout(template):
+        if not isinstance(leaf, torch.Tensor) or layout(leaf) == layout(template):
             return leaf
         return torch.empty_like(template, device=leaf.device).copy_(leaf)
