@@ -86,11 +86,11 @@ def make_pipeline(dtype=torch.float32, seed=0, guidance=False):
 def generate(pipeline, args, num_inference_steps=None, output_type="pt"):
     """Stand in for pipeline_utils.generate where there are no text encoders."""
     generator = torch.Generator().manual_seed(5)
-    dtype = pipeline.transformer.dtype
+    like = pipeline.transformer.x_embedder.bias
     with torch.no_grad():
         return pipeline(
-            prompt_embeds=torch.randn(1, TEXT, 64, generator=generator).to(dtype),
-            pooled_prompt_embeds=torch.randn(1, 64, generator=generator).to(dtype),
+            prompt_embeds=torch.randn(1, TEXT, 64, generator=generator).to(like),
+            pooled_prompt_embeds=torch.randn(1, 64, generator=generator).to(like),
             height=args.height,
             width=args.width,
             num_inference_steps=num_inference_steps or 2,
@@ -435,6 +435,43 @@ def test_float8_rows_with_guidance_in_bf16(monkeypatch, tmp_path):
     assert relative_error(found, truth) < 0.02
 
 
+def test_a_graph_around_the_package(built):
+    """CUDA's layering, with the CPU stand-in for a graph: the call is compared before it."""
+    from test_cudagraph import RerunRecorder
+
+    from utils.cudagraph import CUDAGraphWrapper
+
+    pipeline, recorder = make_pipeline(), RerunRecorder()
+    export_aoti.apply(pipeline, make_args(built.root, use_cached_model=True))
+    for name, module in (("transformer", pipeline.transformer), ("decoder", pipeline.vae.decoder)):
+        module.forward.run = CUDAGraphWrapper(module.forward.run, name, recorder)
+    found = generate(pipeline, built.args)
+    torch.testing.assert_close(found, built.eager, rtol=1e-4, atol=1e-4)
+    assert recorder.recorded == 2  # two steps replayed one graph
+    with pytest.raises(ValueError, match="guidance"):
+        pipeline.transformer(**transformer_call(built, guidance=torch.ones(1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_pipeline(tmp_path):
+    from utils.cudagraph import CUDAGraphWrapper
+    from utils.hardware import detect
+
+    pipeline = make_pipeline(torch.bfloat16).to("cuda")
+    args = make_args(tmp_path / "cache", dtype=torch.bfloat16, machine=detect("cuda"))
+    eager = generate(pipeline, args, output_type="latent")
+    export_aoti.apply(pipeline, args)
+    assert isinstance(pipeline.transformer.forward.run, CUDAGraphWrapper)
+    first = generate(pipeline, args, output_type="latent")
+    assert relative_error(first, eager) < 0.02
+    assert torch.equal(generate(pipeline, args, output_type="latent"), first)
+    again = make_pipeline(torch.bfloat16).to("cuda")
+    args.use_cached_model = True
+    export_aoti.apply(again, args)
+    assert torch.equal(generate(again, args, output_type="latent"), first)
+
+
 @pytest.mark.slow
 def test_bf16_pipeline(tmp_path):
     pipeline = make_pipeline(torch.bfloat16)
@@ -555,7 +592,7 @@ def test_cache_directory_is_private(tmp_path, monkeypatch):
             "--use-cached-model: found --compile_export_mode compile, expected export_aoti",
         ),
         ({"compile_scope": "blocks"}, "refused", "--compile_scope blocks"),
-        ({"use_cached_model": True}, "refused", "found no package in --cache-dir"),
+        ({"use_cached_model": True}, "refused", "transformer: found no package in"),
     ],
     ids=["on", "off", "cached without export", "blocks", "nothing cached"],
 )
@@ -564,6 +601,17 @@ def test_check(tmp_path, changes, state, reason):
     assert verdict.state == state
     assert reason in verdict.reason
     assert not (tmp_path / "cache").exists()  # checking makes nothing
+
+
+def test_check_compares_what_needs_no_weights(built):
+    args = make_args(built.root, use_cached_model=True)
+    assert export_aoti.check(args).is_on
+    args.dtype = torch.bfloat16
+    verdict = export_aoti.check(args)
+    assert verdict.state == "refused"
+    for component in export_aoti.COMPONENTS:
+        assert f"--use-cached-model: {component}-" in verdict.reason
+    assert "dtype: found torch.float32, expected torch.bfloat16" in verdict.reason
 
 
 def test_check_refuses_a_cache_directory_that_cannot_be_made(tmp_path):

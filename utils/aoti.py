@@ -65,10 +65,13 @@ class Component:
 
         Export needs plain tensors, and unwrapping changes modules in place: not the live ones.
         """
+        shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        shell = copy.deepcopy(self.module, shared)
+        if all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in shared.values()):
+            return shell
         from torchao.utils import unwrap_tensor_subclass
 
-        shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
-        return unwrap_tensor_subclass(copy.deepcopy(self.module, shared))
+        return unwrap_tensor_subclass(shell)
 
 
 def record_inputs(components: list[Component], run: Callable[[], object]) -> None:

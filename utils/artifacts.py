@@ -159,7 +159,7 @@ def find(root: Path, identity: dict) -> tuple[Package | None, list[str]]:
     name = name_of(identity)
     path = root / f"{name}.json"
     if not path.exists():
-        return None, _nearest(root, identity)
+        return None, nearest(root, identity) or [f"{name}: found no manifest of this name"]
     manifest = _read_manifest(path)
     if manifest is None:
         return None, [f"{path.name}: found no readable manifest"]
@@ -189,17 +189,20 @@ def _file_problems(path: Path, entry: dict) -> list[str]:
     return []
 
 
-def _nearest(root: Path, identity: dict) -> list[str]:
-    """Say what differs from the package of the same component that differs least."""
+def nearest(root: Path, identity: dict) -> list[str]:
+    """Say what the least different package of this component has against it, if anything.
+
+    Of an incomplete identity (before weights are loaded) only what is there is compared.
+    """
     component, best = identity["component"], None
     for path in sorted(root.glob(f"{component}-*.json")):
-        manifest = _read_manifest(path)
-        if manifest is None:
+        if (manifest := _read_manifest(path)) is None:
             continue
-        lines = [f"{path.stem}: {line}" for line in differences(manifest["identity"], identity)]
+        found = {key: value for key, value in manifest["identity"].items() if key in identity}
+        lines = differences(found, identity)
         if best is None or len(lines) < len(best):
-            best = lines
-    return best or [f"{component}: found no package in {root}, expected {name_of(identity)}"]
+            best = [f"{path.stem}: {line}" for line in lines]
+    return [f"{component}: found no package in {root}"] if best is None else best
 
 
 @contextmanager

@@ -18,6 +18,7 @@ NAME = "export_aoti"
 AFTER = ("inductor_tuning_flags",)
 
 CACHE_DIR = "~/.cache/flux-bench"
+COMPONENTS = ("transformer", "decoder")
 
 
 def add_flags(parser) -> None:
@@ -34,7 +35,7 @@ def add_flags(parser) -> None:
 
 def check(args) -> Verdict:
     """Decide from the flags and the cache directory."""
-    from utils.artifacts import cache_problem
+    from utils.artifacts import cache_problem, nearest
 
     mode = args.compile_export_mode
     if mode != "export_aoti":
@@ -51,12 +52,20 @@ def check(args) -> Verdict:
         )
     if problem := cache_problem(args.cache_dir):
         return refused(problem)
-    if args.use_cached_model and not any(Path(args.cache_dir).expanduser().glob("*.pt2")):
-        return refused(
-            f"--use-cached-model: found no package in --cache-dir {args.cache_dir}; run once "
-            "without the flag to build them"
-        )
+    if args.use_cached_model:
+        # What needs no weights is compared now; the rest in apply()
+        root, known = Path(args.cache_dir).expanduser(), _known_early(args)
+        lines = [nearest(root, known | {"component": component}) for component in COMPONENTS]
+        if missing := [line for part in lines for line in part]:
+            return refused(_no_cached_model(missing))
     return on(**compile.compiler_mode(args))
+
+
+def _no_cached_model(lines: list[str]) -> str:
+    return (
+        "\n".join(f"--use-cached-model: {line}" for line in lines)
+        + "\nrun once without --use-cached-model to build the packages of this run"
+    )
 
 
 def apply(pipeline, args) -> None:
@@ -66,15 +75,14 @@ def apply(pipeline, args) -> None:
     """
     from utils import aoti
     from utils.artifacts import open_cache
-    from utils.cudagraph import wrap_components
+    from utils.cudagraph import CUDAGraphWrapper, CUDARecorder
     from utils.errors import UserError
     from utils.pipeline_utils import generate
 
     root = open_cache(args.cache_dir)
-    components = [
-        aoti.Component("transformer", pipeline.transformer),
-        aoti.Component("decoder", pipeline.vae.decoder),
-    ]
+    modules = (pipeline.transformer, pipeline.vae.decoder)
+    components = [aoti.Component(*pair) for pair in zip(COMPONENTS, modules, strict=True)]
+    recorder = CUDARecorder()  # one, so that both components' graphs share its memory pool
     with _stages(3 + 2 * len(components)) as stage:
         stage("record inputs")
         aoti.record_inputs(components, lambda: generate(pipeline, args, num_inference_steps=1))
@@ -82,42 +90,47 @@ def apply(pipeline, args) -> None:
         found = [_find(root, component, shared) for component in components]
         missing = [line for _, _, lines in found for line in lines]
         if missing and args.use_cached_model:
-            raise UserError(
-                "\n".join(f"--use-cached-model: {line}" for line in missing)
-                + "\nrun once without the flag to build the packages"
-            )
+            raise UserError(_no_cached_model(missing))
         if missing:
             _say("no package of this run yet; building takes minutes at full size, once")
         for component, (identity, package, _) in zip(components, found, strict=True):
             package = package or _build(root, component, shared, identity, args, stage)
             stage(f"load {component.name}")
             run = aoti.attach(component, package.files, package.constants)
+            if args.machine.device == "cuda":
+                run = CUDAGraphWrapper(run, component.name, recorder)
             component.module.forward = aoti.PackageForward(component, run)
             component.inputs = None  # recorded tensors are no longer needed
-        if args.machine.device == "cuda":
-            wrap_components(pipeline)
         stage("warm up")
         generate(pipeline, args)
 
 
-def _shared_identity(args) -> dict:
-    """Say what every package of this run depends on; a local checkpoint is read once for it."""
+def _known_early(args) -> dict:
+    """Say what is known of a package before any weight is loaded."""
     import dataclasses
 
     from utils import aoti, artifacts
 
-    here = Path(__file__).parent
-    steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
-    sources = [here / f"{name}.py" for name in steps]
-    sources += [*(here.parent / "kernels").glob("*.py"), Path(aoti.__file__)]
     machine = dataclasses.asdict(args.machine)
     return {
-        "checkpoint": {"name": args.checkpoint.name, "weights": args.checkpoint.identity()},
-        "steps": {name: verdict.settings for name, verdict in steps.items()},
         "dtype": str(args.dtype),
         "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")},
         "compiler": _options(args) | aoti.PACKAGE_OPTIONS,
         "versions": artifacts.environment(),
+    }
+
+
+def _shared_identity(args) -> dict:
+    """Say what every package of this run depends on; a local checkpoint is read once for it."""
+    from utils import aoti, artifacts, calls
+
+    here = Path(__file__).parent
+    steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
+    sources = [here / f"{name}.py" for name in steps]
+    sources += [*(here.parent / "kernels").glob("*.py"), Path(aoti.__file__), Path(calls.__file__)]
+    return _known_early(args) | {
+        "checkpoint": {"name": args.checkpoint.name, "weights": args.checkpoint.identity()},
+        "steps": {name: verdict.settings for name, verdict in steps.items()},
         "code": artifacts.code_digest([file for file in sources if file.exists()]),
     }
 
