@@ -1,7 +1,10 @@
 """export_aoti with real AOTI packages of a tiny random FluxPipeline, built and run on a CPU."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,9 +53,10 @@ def make_transformer(dtype, seed=0, guidance=False):
 
 
 def make_pipeline(dtype=torch.float32, seed=0, guidance=False):
-    """Build a FluxPipeline without text encoders, its projections fused, its VAE channels-last."""
+    """Build a FluxPipeline without text encoders: fused, custom attention op, channels-last VAE."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+    from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
     from utils.steps import channels_last, fused_projections
 
     transformer = make_transformer(dtype, seed, guidance)
@@ -79,6 +83,7 @@ def make_pipeline(dtype=torch.float32, seed=0, guidance=False):
     )
     pipeline.set_progress_bar_config(disable=True)
     fused_projections.apply(pipeline, None)
+    transformer.set_attn_processor(FlashFusedFluxAttnProcessor3_0("sdpa"))
     channels_last.apply(pipeline, None)
     return pipeline
 
@@ -182,6 +187,26 @@ def test_second_start_builds_nothing(built, counted):
         found = generate(pipeline, args)
         torch.testing.assert_close(found, built.eager, rtol=1e-4, atol=1e-4)
     assert len(counted) == before
+
+
+@pytest.mark.slow
+def test_a_new_process_loads_what_another_has_built(built, tmp_path):
+    torch.save(generate(built.pipeline, built.args), tmp_path / "here.pt")
+    code = (
+        "import sys, torch, test_export_aoti as t, utils.pipeline_utils as p\n"
+        "from utils import aoti; from utils.steps import export_aoti\n"
+        "p.generate, aoti.compile_package = t.generate, None\n"
+        "assert 'utils.kernels.flash_attention' not in sys.modules\n"
+        "args = t.make_args(sys.argv[1], use_cached_model=True)\n"
+        "pipeline = t.make_pipeline(); export_aoti.apply(pipeline, args)\n"
+        "here = torch.load(sys.argv[2])\n"
+        "torch.testing.assert_close(t.generate(pipeline, args), here, rtol=1e-4, atol=1e-4)\n"
+    )
+    root = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{root.parent}:{root}"}
+    command = [sys.executable, "-c", code, str(built.root), str(tmp_path / "here.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_other_weights_in_the_same_code_give_their_own_picture(built, counted):
