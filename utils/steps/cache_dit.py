@@ -1,16 +1,30 @@
 """Step caching with cache-dit's DBCache: reuse what the middle blocks computed a step earlier.
 
 It wraps the blocks, so it comes before quantisation looks for Linears in them and before the
-compiler traces them. Settings come from a YAML file (`cache_config.yaml` explains each key).
-Schnell has four steps, all different: there is nothing to reuse, and the step is refused.
+compiler traces them. Settings come from a YAML file (`cache_config.yaml` explains each key);
+flux-fast's older file is understood, and a key that nobody would read is refused, since cache-dit
+itself ignores it silently. Schnell has four steps, all different: there is nothing to reuse, and
+the step is refused.
 """
 
+import dataclasses
 from pathlib import Path
 
 from utils.steps import Verdict, off, on, refused
 
 NAME = "cache_dit"
 AFTER = ("fused_projections", "fa3")
+
+# flux-fast's names, from an older cache-dit
+OLD_KEYS = {"warmup_steps": "max_warmup_steps"}
+OLD_TAYLOR = {"n_derivatives": "taylorseer_order"}  # inside of taylorseer_kwargs
+TAYLOR_KEYS = {  # key in the file -> TaylorSeerCalibratorConfig's
+    "enable_taylorseer": "enable_calibrator",
+    "enable_encoder_taylorseer": "enable_encoder_calibrator",
+    "taylorseer_cache_type": "calibrator_cache_type",
+    "taylorseer_order": "taylorseer_order",
+}
+ALWAYS = ("Fn_compute_blocks", "Bn_compute_blocks")  # blocks that are never reused
 
 
 def add_flags(parser) -> None:
@@ -23,7 +37,7 @@ def add_flags(parser) -> None:
 
 
 def check(args) -> Verdict:
-    """Refuse what cannot be cached, and a file that cannot be read."""
+    """Refuse what cannot be cached, and a file that cannot be read to the last key."""
     path = args.cache_dit_config
     if not path:
         return off("no --cache_dit_config")
@@ -38,19 +52,65 @@ def check(args) -> Verdict:
             "--cache_dit_config: a step cache decides between the blocks and cannot be exported; "
             "use --compile_export_mode compile"
         )
+    try:
+        cache, taylor = read_settings(path)
+    except ValueError as error:
+        return refused(f"--cache_dit_config {path}: {error}")
+    return on(lossless=False, **cache, **({"taylorseer": taylor} if taylor else {}))
+
+
+def read_settings(path: str | Path) -> tuple[dict, dict]:
+    """Read a settings file: DBCacheConfig's arguments, and TaylorSeer's or an empty dict.
+
+    Raises: ValueError in one line for an unreadable file, an unknown key or a wrong type.
+    """
     import yaml
+    from cache_dit import DBCacheConfig
 
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        return refused(f"--cache_dit_config {path}: {' '.join(str(error).split())}")
-    if not isinstance(settings, dict) or "cache_config" not in settings:
-        return refused(f"--cache_dit_config {path}: no `cache_config:` section found")
-    return on(lossless=False, file=Path(path).name, **settings["cache_config"])
+        found = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    found = found.get("cache_config", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        raise ValueError(f"found {type(found).__name__}, expected keys and values")
+    found = {OLD_KEYS.get(key, key): value for key, value in found.items()}
+    derivatives = found.pop("taylorseer_kwargs", None)
+    if isinstance(derivatives, dict):  # flux-fast: taylorseer_kwargs: {n_derivatives: 2}
+        found |= {OLD_TAYLOR.get(key, key): value for key, value in derivatives.items()}
+    if found.pop("cache_type", "DBCache") != "DBCache":
+        raise ValueError("cache_type: expected DBCache")
+    known = {field.name: field.default for field in dataclasses.fields(DBCacheConfig)}
+    for key, value in found.items():
+        if key not in known and key not in TAYLOR_KEYS:
+            raise ValueError(f"unknown key {key} (expected {', '.join((*known, *TAYLOR_KEYS))})")
+        wanted = type(known.get(key))
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if wanted in (int, float) and not number:
+            raise ValueError(f"{key}: found {value!r}, expected a number")
+    taylor = {TAYLOR_KEYS[key]: value for key, value in found.items() if key in TAYLOR_KEYS}
+    cache = {key: value for key, value in found.items() if key not in TAYLOR_KEYS}
+    return cache, taylor if taylor.get("enable_calibrator") else {}
 
 
 def apply(pipeline, args) -> None:
-    """Wrap the transformer's blocks."""
+    """Wrap the transformer's blocks; cache-dit forgets between calls of the pipeline."""
     import cache_dit
 
-    cache_dit.enable_cache(pipeline, **cache_dit.load_configs(args.cache_dit_config))
+    from utils.errors import UserError
+
+    cache, taylor = read_settings(args.cache_dit_config)
+    transformer = pipeline.transformer
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    always = [cache.get(key, getattr(cache_dit.DBCacheConfig, key)) for key in ALWAYS]
+    if sum(always) >= blocks:
+        raise UserError(
+            f"--cache_dit_config: {' + '.join(ALWAYS)} is {sum(always)}, expected fewer than the "
+            f"{blocks} blocks of {args.checkpoint.name}"
+        )
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(**taylor) if taylor else None
+    cache_dit.enable_cache(
+        pipeline, cache_config=cache_dit.DBCacheConfig(**cache), calibrator_config=calibrator
+    )
