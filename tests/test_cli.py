@@ -219,6 +219,13 @@ def test_damaged_checkpoint_config_is_one_line(tmp_path):
         make_args("--ckpt", str(tmp_path), "--device", "cpu")
 
 
+@pytest.mark.parametrize("mode", ["compile", "export_aoti"])
+def test_a_missing_compiler_is_named_before_any_weight(mode, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no C\+\+ compiler found .* apt install g\+\+"):
+        make_args("--device", "cpu", "--compile_export_mode", mode)
+
+
 def test_steps_declare_an_order_that_holds():
     names = [step.NAME for step in STEPS]
     assert len(set(names)) == len(names)

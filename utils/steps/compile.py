@@ -9,6 +9,10 @@ The mode is max-autotune without Inductor's own CUDA graphs: utils/cudagraph.py 
 forward instead, the same way for compile and for AOTI.
 """
 
+import os
+import shutil
+
+from utils.progress import say, stages
 from utils.steps import Verdict, inductor_tuning_flags, off, on, refused
 
 NAME = "compile"
@@ -39,7 +43,20 @@ def check(args) -> Verdict:
             "--compile_scope full: a step cache decides between the blocks and breaks the whole "
             "graph; use --compile_scope blocks"
         )
+    if problem := missing_compiler():
+        return refused(problem)
     return on(scope=args.compile_scope, fullgraph=True, **compiler_mode(args))
+
+
+def missing_compiler() -> str:
+    """Look for the C++ compiler that Inductor calls, on a GPU too; "" if there is one."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name):
+        return ""
+    return (
+        f"--compile_export_mode: no C++ compiler found (looked for {name}); apt install g++ "
+        "python3-dev, or --compile_export_mode disabled"
+    )
 
 
 def compiler_mode(args) -> dict[str, bool]:
@@ -70,4 +87,7 @@ def apply(pipeline, args) -> None:
         from utils.cudagraph import wrap_components
 
         wrap_components(pipeline)
-    generate(pipeline, args)
+    say(NAME, f"the first call compiles (scope {args.compile_scope}); minutes at full size")
+    with stages(NAME, 1) as stage:
+        stage("compile and warm up")
+        generate(pipeline, args)

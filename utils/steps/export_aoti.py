@@ -7,11 +7,10 @@ put into a graph (utils/cudagraph.py). A package is used only if its whole manif
 run (utils/artifacts.py); everything that AOTI itself does not check, utils/aoti.py does.
 """
 
-import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
+from utils.progress import say, stages
 from utils.steps import Verdict, compile, inductor_tuning_flags, off, on, refused
 
 NAME = "export_aoti"
@@ -50,7 +49,7 @@ def check(args) -> Verdict:
             "--compile_scope blocks: export_aoti builds packages of whole components only; use "
             "--compile_scope full or --compile_export_mode compile"
         )
-    if problem := cache_problem(args.cache_dir):
+    if problem := compile.missing_compiler() or cache_problem(args.cache_dir):
         return refused(problem)
     if args.use_cached_model:
         # What needs no weights is compared now; the rest in apply()
@@ -83,7 +82,7 @@ def apply(pipeline, args) -> None:
     modules = (pipeline.transformer, pipeline.vae.decoder)
     components = [aoti.Component(*pair) for pair in zip(COMPONENTS, modules, strict=True)]
     recorder = CUDARecorder()  # one, so that both components' graphs share its memory pool
-    with _stages(3 + 2 * len(components)) as stage:
+    with stages(NAME, 2 + 3 * len(components)) as stage:
         stage("record inputs")
         aoti.record_inputs(components, lambda: generate(pipeline, args, num_inference_steps=1))
         shared = _shared_identity(args)
@@ -92,7 +91,7 @@ def apply(pipeline, args) -> None:
         if missing and args.use_cached_model:
             raise UserError(_no_cached_model(missing))
         if missing:
-            _say("no package of this run yet; building takes minutes at full size, once")
+            say(NAME, "no package of this run yet; building takes minutes at full size, once")
         for component, (identity, package, _) in zip(components, found, strict=True):
             package = package or _build(root, component, shared, identity, args, stage)
             stage(f"load {component.name}")
@@ -169,28 +168,9 @@ def _build(root: Path, component, shared: dict, identity: dict, args, stage):
         stage(f"compile {component.name}")
         files, constants = aoti.compile_package(program, component, _options(args))
         package = artifacts.save(root, identity, files, constants)
-    _say(
+    say(
+        NAME,
         f"built {package.name} in {time.perf_counter() - start:.0f} s, "
-        f"{package.size / 2**20:.1f} MiB, in {root}"
+        f"{package.size / 2**20:.1f} MiB, in {root}",
     )
     return package
-
-
-def _say(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(f"{NAME}: {text}", file=sys.stderr)
-
-
-@contextmanager
-def _stages(total: int):
-    """Show the stage by name; on a terminal only."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=NAME, disable=None, leave=False, file=sys.stderr) as bar:
-
-        def stage(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
-        yield stage
