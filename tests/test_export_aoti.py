@@ -5,121 +5,24 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from aoti_pieces import (
+    FakeCheckpoint,
+    generate,
+    make_args,
+    make_pipeline,
+    relative_error,
+    transformer_call,
+)
 
 from utils import aoti, artifacts
 from utils.errors import UserError
 from utils.hardware import Machine
-from utils.steps import export_aoti, off, on
-
-PIXELS, TEXT = 16, 32  # edge of the picture, text tokens
-TOKENS = (PIXELS // 4) ** 2  # this VAE halves once, FLUX packs 2x2
-
-
-@dataclass(frozen=True)
-class FakeCheckpoint:
-    name: str = "tiny"
-    weights: str = "sha256:1"
-
-    def identity(self):
-        return self.weights
-
-
-def make_transformer(dtype, seed=0, guidance=False):
-    from diffusers import FluxTransformer2DModel
-
-    torch.manual_seed(seed)
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=128,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=guidance,
-        axes_dims_rope=(16, 56, 56),
-    )
-    for name, parameter in model.named_parameters():
-        if ".norm" in name and name.endswith("linear.bias"):
-            torch.nn.init.normal_(parameter, std=0.5)  # gates near 0 would hide the blocks
-    return model.requires_grad_(False).eval().to(dtype)
-
-
-def make_pipeline(dtype=torch.float32, seed=0, guidance=False):
-    """Build a FluxPipeline without text encoders: fused, custom attention op, channels-last VAE."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-
-    from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
-    from utils.steps import channels_last, fused_projections
-
-    transformer = make_transformer(dtype, seed, guidance)
-    vae = AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.36,
-        shift_factor=0.12,
-    )
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.requires_grad_(False).eval().to(dtype),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    fused_projections.apply(pipeline, None)
-    transformer.set_attn_processor(FlashFusedFluxAttnProcessor3_0("sdpa"))
-    channels_last.apply(pipeline, None)
-    return pipeline
-
-
-def generate(pipeline, args, num_inference_steps=None, output_type="pt"):
-    """Stand in for pipeline_utils.generate where there are no text encoders."""
-    generator = torch.Generator().manual_seed(5)
-    like = pipeline.transformer.x_embedder.bias
-    with torch.no_grad():
-        return pipeline(
-            prompt_embeds=torch.randn(1, TEXT, 64, generator=generator).to(like),
-            pooled_prompt_embeds=torch.randn(1, 64, generator=generator).to(like),
-            height=args.height,
-            width=args.width,
-            num_inference_steps=num_inference_steps or 2,
-            generator=torch.Generator().manual_seed(0),
-            output_type=output_type,
-        ).images
-
-
-def make_args(cache_dir, **changes):
-    args = SimpleNamespace(
-        checkpoint=FakeCheckpoint(),
-        machine=Machine("cpu", "test processor"),
-        dtype=torch.float32,
-        plan={"fused_projections": on(), "channels_last": on(), "quant": off("cpu")},
-        cache_dir=str(cache_dir),
-        use_cached_model=False,
-        compile_export_mode="export_aoti",
-        compile_scope="full",
-        disable_inductor_tuning_flags=False,
-        height=PIXELS,
-        width=PIXELS,
-    )
-    vars(args).update(changes)
-    return args
+from utils.steps import export_aoti, on
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,7 +96,7 @@ def test_second_start_builds_nothing(built, counted):
 def test_a_new_process_loads_what_another_has_built(built, tmp_path):
     torch.save(generate(built.pipeline, built.args), tmp_path / "here.pt")
     code = (
-        "import sys, torch, test_export_aoti as t, utils.pipeline_utils as p\n"
+        "import sys, torch, aoti_pieces as t, utils.pipeline_utils as p\n"
         "from utils import aoti; from utils.steps import export_aoti\n"
         "p.generate, aoti.compile_package = t.generate, None\n"
         "assert 'utils.kernels.flash_attention' not in sys.modules\n"
@@ -226,24 +129,8 @@ def test_code_follows_weights_that_change_in_place(built):
     export_aoti.apply(pipeline, args)
     pipeline.transformer.proj_out.weight.zero_()
     pipeline.transformer.proj_out.bias.zero_()
-    call = transformer_call(built)
+    call = transformer_call()
     assert pipeline.transformer(**call)[0].abs().max() == 0
-
-
-def transformer_call(built, **changes):
-    """A call that the transformer's package covers, with changes."""
-    call = {
-        "hidden_states": torch.randn(1, TOKENS, 64),
-        "encoder_hidden_states": torch.randn(1, TEXT, 64),
-        "pooled_projections": torch.randn(1, 64),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.rand(TOKENS, 3),
-        "txt_ids": torch.zeros(TEXT, 3),
-        "guidance": None,
-        "joint_attention_kwargs": {},
-        "return_dict": False,
-    }
-    return call | changes
 
 
 @pytest.mark.parametrize(
@@ -262,19 +149,19 @@ def transformer_call(built, **changes):
 )
 def test_a_call_that_is_not_covered_is_refused_by_name(built, changes, message):
     with pytest.raises(ValueError, match=message):
-        built.pipeline.transformer(**transformer_call(built, **changes))
+        built.pipeline.transformer(**transformer_call(**changes))
 
 
 def test_an_unknown_argument_is_refused(built):
     with pytest.raises(TypeError, match="no_such"):
-        built.pipeline.transformer(**transformer_call(built), no_such=1)
+        built.pipeline.transformer(**transformer_call(), no_such=1)
 
 
 def test_strides_positions_and_return_dict(built):
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     forward = built.pipeline.transformer.forward
-    call = transformer_call(built)
+    call = transformer_call()
     (plain,) = forward(**call)
     strided = call["hidden_states"].transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(forward(**(call | {"hidden_states": strided}))[0], plain)
@@ -390,76 +277,6 @@ def test_replaced_forward_cannot_be_exported(built):
         aoti.Component("transformer", built.pipeline.transformer)
 
 
-def test_shell_shares_every_tensor_and_leaves_the_module_alone():
-    model = make_transformer(torch.bfloat16)
-    before = {name: type(module) for name, module in model.named_modules()}
-    weights = aoti.Component("transformer", model).weights()
-    live = dict(model.named_parameters())
-    assert weights.keys() == live.keys()
-    assert all(weights[name].data_ptr() == live[name].data_ptr() for name in live)
-    assert {name: type(module) for name, module in model.named_modules()} == before
-
-
-def packaged(name, module, call, tmp_path):
-    """Export, compile, store and load one module; give the component and its new forward."""
-    component = aoti.Component(name, module)
-    aoti.record_inputs([component], lambda: module(**call))
-    files, constants = aoti.compile_package(aoti.export(component), component, {})
-    package = artifacts.save(
-        artifacts.open_cache(tmp_path / "c"), {"component": name}, files, constants
-    )
-    return aoti.PackageForward(component, aoti.attach(component, package.files, constants)), package
-
-
-def relative_error(found, truth):
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def quantise(model, granularity, monkeypatch):
-    """Quantise the blocks' Linears on a CPU, which torchao would refuse."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
-
-    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda g: None)
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=granularity)
-    quantize_(
-        model,
-        config,
-        filter_fn=lambda m, n: isinstance(m, torch.nn.Linear) and "blocks" in n and "norm" not in n,
-    )
-
-
-def test_float8_rows_with_guidance_in_bf16(monkeypatch, tmp_path):
-    from torchao.quantization import PerRow
-
-    model = make_transformer(torch.bfloat16, guidance=True)
-    quantise(model, PerRow(), monkeypatch)
-    call = {
-        name: value.bfloat16() if isinstance(value, torch.Tensor) else value
-        for name, value in transformer_call(None, guidance=torch.tensor([4.0])).items()
-    }  # 4.0: bf16 rounds 3.5 * 1000
-    with torch.no_grad():
-        eager = model(**call)[0]
-    forward, package = packaged("transformer", model, call, tmp_path)
-    assert relative_error(forward(**call)[0], eager) < 0.02  # bf16: Inductor keeps fp32 inside
-    other = call | {"guidance": torch.tensor([1.0], dtype=torch.bfloat16)}
-    assert relative_error(forward(**other)[0], eager) > 1e-4  # an input, not a constant
-    with pytest.raises(ValueError, match="guidance"):
-        forward(**(call | {"guidance": None}))
-    kinds = {spec[1] for spec in package.constants.values()}
-    assert kinds == {"torch.bfloat16", "torch.float8_e4m3fn", "torch.float32"}
-    assert type(model.transformer_blocks[0].attn.to_q) is torch.nn.Linear
-
-    other_model = make_transformer(torch.bfloat16, seed=3, guidance=True)
-    quantise(other_model, PerRow(), monkeypatch)
-    with torch.no_grad():
-        truth = other_model(**call)[0]
-    component = aoti.Component("transformer", other_model)
-    run = aoti.attach(component, package.files, package.constants)
-    component.inputs = component.bind((), call)[0]
-    found = aoti.PackageForward(component, run)(**call)[0]
-    assert relative_error(found, truth) < 0.02
-
-
 def test_a_graph_around_the_package(built):
     """CUDA's layering, with the CPU stand-in for a graph: the call is compared before it."""
     from test_cudagraph import RerunRecorder
@@ -474,7 +291,7 @@ def test_a_graph_around_the_package(built):
     torch.testing.assert_close(found, built.eager, rtol=1e-4, atol=1e-4)
     assert recorder.recorded == 2  # two steps replayed one graph
     with pytest.raises(ValueError, match="guidance"):
-        pipeline.transformer(**transformer_call(built, guidance=torch.ones(1)))
+        pipeline.transformer(**transformer_call(guidance=torch.ones(1)))
 
 
 @pytest.mark.gpu
@@ -506,128 +323,6 @@ def test_bf16_pipeline(tmp_path):
     assert relative_error(generate(pipeline, args, output_type="latent"), eager) < 0.02
 
 
-def test_scales_per_tensor_are_part_of_the_identity(monkeypatch):
-    """One-element scales are folded into the code, so other values mean another package."""
-    from torchao.quantization import PerRow, PerTensor
-
-    digests = []
-    for factor in (1, 1, 2):
-        model = make_transformer(torch.bfloat16)
-        model.transformer_blocks[0].ff.net[2].weight.mul_(factor)
-        quantise(model, PerTensor(), monkeypatch)
-        digests.append(aoti.folded_values(aoti.Component("transformer", model).weights()))
-    assert digests[0] == digests[1] != digests[2]
-    quantise(by_row := make_transformer(torch.bfloat16), PerRow(), monkeypatch)
-    assert aoti.folded_values(aoti.Component("transformer", by_row).weights()) is None
-
-
-class WithLiftedTensor(torch.nn.Module):
-    """Has a weight that is in no state dict."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(16), requires_grad=False)
-        self.table = table  # a plain attribute: export lifts it to a constant
-
-    def forward(self, sample, latent_embeds=None):
-        return sample * self.scale + self.table + torch.tensor([1.0, 2.0] * 8)
-
-
-def test_lifted_tensors_travel_with_the_package(tmp_path):
-    module = WithLiftedTensor(torch.arange(16.0))
-    call = {"sample": torch.randn(4, 16)}
-    expected = module(**call)
-    forward, package = packaged("decoder", module, call, tmp_path)
-    torch.testing.assert_close(forward(**call), expected)
-    assert package.constants.keys() == {"scale"}
-    content = bytearray(package.files[".safetensors"].read_bytes())
-    content[-1] ^= 1
-    package.files[".safetensors"].write_bytes(content)
-    found, lines = artifacts.find(tmp_path / "c", {"component": "decoder"})
-    assert found is None and "safetensors sha256: found" in lines[0]
-
-
-# The store alone
-
-
-IDENTITY = {"component": "decoder", "dtype": "bf16", "versions": {"torch": "1"}, "code": "a"}
-
-
-def store(path):
-    return artifacts.open_cache(path / "cache")
-
-
-def test_store_round_trip_and_replacement(tmp_path):
-    root = store(tmp_path)
-    saved = artifacts.save(root, IDENTITY, {".pt2": b"old"}, {"w": [[2], "f", [1]]})
-    assert artifacts.find(root, IDENTITY) == (saved, [])
-    newer = IDENTITY | {"versions": {"torch": "2"}}
-    assert artifacts.find(root, newer)[1] == [f"{saved.name}: versions.torch: found 1, expected 2"]
-    again = artifacts.save(root, newer, {".pt2": b"new"}, {})
-    assert again.name == saved.name and not saved.files[".pt2"].exists()
-    assert [path.name for path in root.iterdir() if path.suffix == ".pt2"] == [
-        again.files[".pt2"].name
-    ]
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", range(4))
-def test_an_interrupted_save_leaves_the_previous_package(tmp_path, monkeypatch, error, call):
-    root = store(tmp_path)
-    old = artifacts.save(root, IDENTITY, {".pt2": b"old", ".safetensors": b"t"}, {})
-    before = {path: path.read_bytes() for path in root.iterdir()}
-    real, calls = artifacts.os.fsync, []
-
-    def fsync(descriptor):
-        calls.append(descriptor)
-        if len(calls) > call:
-            raise error
-        real(descriptor)
-
-    monkeypatch.setattr(artifacts.os, "fsync", fsync)
-    expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected):
-        artifacts.save(root, IDENTITY, {".pt2": b"new", ".safetensors": b"t"}, {})
-    assert {path: path.read_bytes() for path in root.iterdir()} == before
-    assert artifacts.find(root, IDENTITY) == (old, [])
-
-
-def test_cache_directory_is_private(tmp_path, monkeypatch):
-    root = store(tmp_path / "a")
-    assert root.stat().st_mode & 0o777 == 0o700
-    for mode in (0o770, 0o707, 0o722):
-        root.chmod(mode)
-        with pytest.raises(UserError, match=rf"--cache-dir.*mode 0{mode:o} lets others write"):
-            artifacts.open_cache(root)
-    root.chmod(0o755)
-    artifacts.open_cache(root)
-    monkeypatch.setattr(artifacts.os, "geteuid", lambda: root.stat().st_uid + 1)
-    with pytest.raises(UserError, match="owned by user"):
-        artifacts.open_cache(root)
-
-
-@pytest.mark.parametrize(
-    ("changes", "state", "reason"),
-    [
-        ({}, "on", ""),
-        ({"compile_export_mode": "disabled"}, "off", "disabled"),
-        (
-            {"compile_export_mode": "compile", "use_cached_model": True},
-            "refused",
-            "--use-cached-model: found --compile_export_mode compile, expected export_aoti",
-        ),
-        ({"compile_scope": "blocks"}, "refused", "--compile_scope blocks"),
-        ({"use_cached_model": True}, "refused", "transformer: found no package in"),
-    ],
-    ids=["on", "off", "cached without export", "blocks", "nothing cached"],
-)
-def test_check(tmp_path, changes, state, reason):
-    verdict = export_aoti.check(make_args(tmp_path / "cache", **changes))
-    assert verdict.state == state
-    assert reason in verdict.reason
-    assert not (tmp_path / "cache").exists()  # checking makes nothing
-
-
 def test_check_compares_what_needs_no_weights(built):
     args = make_args(built.root, use_cached_model=True)
     assert export_aoti.check(args).is_on
@@ -637,17 +332,3 @@ def test_check_compares_what_needs_no_weights(built):
     for component in export_aoti.COMPONENTS:
         assert f"--use-cached-model: {component}-" in verdict.reason
     assert "dtype: found torch.float32, expected torch.bfloat16" in verdict.reason
-
-
-def test_check_refuses_a_cache_directory_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    verdict = export_aoti.check(make_args(tmp_path / "file" / "cache"))
-    assert verdict.state == "refused" and "is not a folder" in verdict.reason
-
-
-def test_flags_are_spelled_with_either_dash():
-    from utils.benchmark_utils import create_parser
-
-    args = create_parser().parse_args(["--cache_dir", "x", "--use_cached_model"])
-    assert args.cache_dir == "x" and args.use_cached_model
-    assert not Path(create_parser().parse_args([]).cache_dir).is_absolute()

@@ -1,4 +1,4 @@
-"""What a long step is doing, on stderr: a bar that names the stage on a terminal, lines anywhere."""
+"""What a long step is doing, on stderr: a bar naming the stage on a terminal, lines anywhere."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -49,7 +49,8 @@ def check(args) -> Verdict:
             "--compile_scope blocks: export_aoti builds packages of whole components only; use "
             "--compile_scope full or --compile_export_mode compile"
         )
-    if problem := compile.missing_compiler() or cache_problem(args.cache_dir):
+    compiler = "" if args.use_cached_model else compile.missing_compiler()  # only to build
+    if problem := compiler or cache_problem(args.cache_dir):
         return refused(problem)
     if args.use_cached_model:
         # What needs no weights is compared now; the rest in apply()
