@@ -92,6 +92,8 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
     if args.guidance_scale is not None:
         call["guidance_scale"] = args.guidance_scale
     if args.pil_image is not None:
-        call |= {"image": args.pil_image, "_auto_resize": args.checkpoint.source != "bundled"}
+        # Resized already (prepare.py). Without max_area Kontext stretches any size to 1 Mpixel.
+        call |= {"image": args.pil_image, "_auto_resize": False}
+        call |= {"max_area": args.height * args.width}
     with torch.no_grad():
         return pipeline(**call).images

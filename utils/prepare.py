@@ -139,21 +139,33 @@ def _call_problems(args) -> list[str]:
 
 
 def _open_image(args):
-    """Open Kontext's image now, outside of anything that is timed."""
+    """Open and resize Kontext's image now, outside of anything that is timed.
+
+    Returns: a PIL image (RGB) of the size that Kontext would give it, or None
+    """
     if not args.image:
         return None
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(args.image) as image:
-            return image.convert("RGB")
+        with Image.open(args.image) as opened:
+            image = opened.convert("RGB")
     except UnidentifiedImageError:
         size = Path(args.image).stat().st_size
         raise UserError(f"--image {args.image}: not an image ({size} bytes found)") from None
     except OSError as error:
-        raise UserError(
-            f"--image {args.image}: cannot be read ({error.strerror or error})"
-        ) from None
+        why = error.strerror or error
+        raise UserError(f"--image {args.image}: cannot be read ({why})") from None
+    width, height = image.size
+    if args.checkpoint.native_size >= 1024:  # trained at these sizes of about 1 Mpixel
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+        ratio = width / height
+        width, height = min(
+            PREFERRED_KONTEXT_RESOLUTIONS, key=lambda wh: abs(ratio - wh[0] / wh[1])
+        )
+    size = tuple(max(16, edge // 16 * 16) for edge in (width, height))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _plan(args) -> dict:
