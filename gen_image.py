@@ -2,7 +2,7 @@
 
 import time
 
-from utils.benchmark_utils import create_parser, set_rand_seeds
+from utils.benchmark_utils import create_parser
 from utils.errors import run_script
 from utils.quiet import quiet_libraries
 
@@ -12,20 +12,12 @@ def main() -> None:
     args = create_parser("Make images with every optimisation on.").parse_args()
 
     quiet_libraries()
-    from utils.prepare import prepare
-
-    prepare(args)
-    from utils import card
     from utils.images import save_images
-    from utils.pipeline_utils import generate, load_pipeline, optimize
-    from utils.prompts import report_cut_prompts
+    from utils.pipeline_utils import generate, optimize
+    from utils.prepare import begin
 
-    print(card.render(args), flush=True)
-    set_rand_seeds(args.seed)
+    pipeline, load_s = begin(args)
     start = time.perf_counter()
-    pipeline = load_pipeline(args)
-    loaded = time.perf_counter()
-    report_cut_prompts(pipeline, args)
     optimize(pipeline, args)
     optimized = time.perf_counter()
     images = generate(pipeline, args)
@@ -34,7 +26,7 @@ def main() -> None:
         note = " (random weights: the picture means nothing)" if args.random_weights else ""
         print(f"wrote {path}{note}")
     print(
-        f"load {loaded - start:.2f} s, optimize {optimized - loaded:.2f} s, "
+        f"load {load_s:.2f} s, optimize {optimized - start:.2f} s, "
         f"generate {done - optimized:.3f} s (one call; run_benchmark.py measures)"
     )
 

@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from utils.benchmark_utils import create_parser, set_rand_seeds
+from utils.benchmark_utils import create_parser
 from utils.errors import run_script
 from utils.quiet import quiet_libraries
 
@@ -69,21 +69,13 @@ def main() -> None:
     args = parse_arguments()
 
     quiet_libraries()
-    from utils.prepare import prepare
-
-    prepare(args)
     from utils import card, quality
     from utils.benchmark_utils import StageClock, annotate_pipeline, measure
     from utils.memory import peak_memory, reset_peak_memory
-    from utils.pipeline_utils import generate, load_pipeline, optimize
-    from utils.prompts import report_cut_prompts
+    from utils.pipeline_utils import generate, optimize
+    from utils.prepare import begin
 
-    print(card.render(args), flush=True)
-    set_rand_seeds(args.seed)
-    start = time.perf_counter()
-    pipeline = load_pipeline(args)
-    load_s = time.perf_counter() - start
-    report_cut_prompts(pipeline, args)
+    pipeline, load_s = begin(args)
     reference = quality.run(pipeline, args)
 
     start = time.perf_counter()

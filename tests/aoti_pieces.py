@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import flux_pieces
 import torch
 
 from utils import aoti, artifacts
@@ -25,50 +26,20 @@ class FakeCheckpoint:
 
 
 def make_transformer(dtype, seed=0, guidance=False):
-    from diffusers import FluxTransformer2DModel
-
-    torch.manual_seed(seed)
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=128,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=guidance,
-        axes_dims_rope=(16, 56, 56),
-    )
-    for name, parameter in model.named_parameters():
-        if ".norm" in name and name.endswith("linear.bias"):
-            torch.nn.init.normal_(parameter, std=0.5)  # gates near 0 would hide the blocks
-    return model.requires_grad_(False).eval().to(dtype)
+    return flux_pieces.transformer(dtype, channels=64, seed=seed, guidance=guidance)
 
 
 def make_pipeline(dtype=torch.float32, seed=0, guidance=False):
     """Build a FluxPipeline without text encoders: fused, custom attention op, channels-last VAE."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
     from utils.steps import channels_last, fused_projections
 
     transformer = make_transformer(dtype, seed, guidance)
-    vae = AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.36,
-        shift_factor=0.12,
-    )
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.requires_grad_(False).eval().to(dtype),
+        vae=flux_pieces.vae(dtype),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -141,10 +112,6 @@ def packaged(name, module, call, tmp_path):
         artifacts.open_cache(tmp_path / "c"), {"component": name}, files, constants
     )
     return aoti.PackageForward(component, aoti.attach(component, package.files, constants)), package
-
-
-def relative_error(found, truth):
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def quantise(model, granularity, monkeypatch):

@@ -6,23 +6,26 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 
-def transformer(dtype=torch.bfloat16, heads: int = 2):
+def transformer(
+    dtype=torch.bfloat16, heads: int = 2, channels: int = 16, seed: int = 0, guidance: bool = False
+):
     """Build 1 double and 2 single blocks with heads of 128, whose blocks really matter.
 
     A fresh model's gates are nearly zero, so that its blocks hardly reach the output and any error
     in them would pass. Here the modulation has biases of order 1.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = FluxTransformer2DModel(
             patch_size=1,
-            in_channels=16,
+            in_channels=channels,
             num_layers=1,
             num_single_layers=2,
             attention_head_dim=128,
             num_attention_heads=heads,
             joint_attention_dim=64,
             pooled_projection_dim=64,
+            guidance_embeds=guidance,
             axes_dims_rope=(16, 56, 56),
         )
         for name, parameter in model.named_parameters():
@@ -63,6 +66,10 @@ def vae(dtype=torch.bfloat16):
             up_block_types=("UpDecoderBlock2D",) * 2,
             norm_num_groups=8,
             layers_per_block=1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.36,
+            shift_factor=0.12,
         )
     return model.requires_grad_(False).eval().to(dtype)
 

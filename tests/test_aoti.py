@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from aoti_pieces import make_transformer, packaged, quantise, relative_error, transformer_call
+from aoti_pieces import make_transformer, packaged, quantise, transformer_call
+from flux_pieces import relative_error
 
 from utils import aoti, artifacts
 

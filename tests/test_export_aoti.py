@@ -15,9 +15,9 @@ from aoti_pieces import (
     generate,
     make_args,
     make_pipeline,
-    relative_error,
     transformer_call,
 )
+from flux_pieces import relative_error
 
 from utils import aoti, artifacts
 from utils.errors import UserError

@@ -5,6 +5,7 @@ Every problem that is found is reported, one line each.
 """
 
 import tempfile
+import time
 from pathlib import Path
 
 from utils import checkpoints
@@ -40,6 +41,26 @@ def prepare(args) -> None:
         raise UserError("\n".join(problems))
     args.pil_image = _open_image(args)
     args.plan = _plan(args)
+
+
+def begin(args) -> tuple:
+    """Settle the run, print what it is, and load its pipeline, as both scripts do.
+
+    Returns: the pipeline, untouched by any step, and the seconds that loading took.
+    """
+    prepare(args)
+    from utils import card
+    from utils.benchmark_utils import set_rand_seeds
+    from utils.pipeline_utils import load_pipeline
+    from utils.prompts import report_cut_prompts
+
+    print(card.render(args), flush=True)
+    set_rand_seeds(args.seed)
+    start = time.perf_counter()
+    pipeline = load_pipeline(args)
+    load_s = time.perf_counter() - start
+    report_cut_prompts(pipeline, args)
+    return pipeline, load_s
 
 
 def _number_problems(args) -> list[str]:
