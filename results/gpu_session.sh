@@ -27,7 +27,7 @@ row() {
   echo "=== $name: run_benchmark.py $*"
   if timeout -k 5 "$limit" python3 run_benchmark.py --random_weights "$@" >"$OUT/last.txt" 2>&1; then
     tail -n 1 "$OUT/last.txt" >>"$OUT/rows.jsonl"
-    grep -E "^(load|total|memory|quality|  )" "$OUT/last.txt"
+    grep -E "^(load|total|memory|quality|  [a-z_]+ +[0-9])" "$OUT/last.txt"
   else
     echo "FAILED ($?)"
     tail -n 15 "$OUT/last.txt"
