@@ -102,6 +102,7 @@ def test_layout_and_size(pipe):
         "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer",
         "vae",
     }  # fmt: skip
+    assert not any("_name_or_path" in f.read_text() for f in CKPT.glob("*/config.json"))
     names = {name: type(part).__name__ for name, part in pipe.components.items()}
     assert names["transformer"] == "FluxTransformer2DModel" and names["vae"] == "AutoencoderKL"
     assert names["text_encoder"] == "CLIPTextModel" and names["text_encoder_2"] == "T5EncoderModel"

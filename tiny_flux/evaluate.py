@@ -58,6 +58,10 @@ def score(pictures: list[Image.Image], scenes: list[Scene], others: list[Image.I
     checks = [check_image(p, s) for p, s in zip(pictures, scenes, strict=True)]
     readings = [read_image(p) for p in pictures]
     row = {name: 100 * float(np.mean([c[name] for c in checks])) for name in ATTRIBUTES}
+    close = [r is not None and r.overlap >= 0.8 for r in readings]
+    row["shape_close"] = 100 * float(
+        np.mean([c["shape"] and near for c, near in zip(checks, close, strict=True)])
+    )
     row["all"] = 100 * float(np.mean([all(c.values()) for c in checks]))
     row["overlap"] = 100 * float(np.mean([r.overlap if r else 0.0 for r in readings]))
     row["other_seed_db"] = float(
@@ -89,11 +93,20 @@ def draw(pipe, prompts: list[str], steps: int, length: int, seed: int) -> list[I
 
 def table(rows: list[dict]) -> str:
     """Write rows as a Markdown table."""
-    head = ["steps", "text tokens", *ATTRIBUTES, "all five", "overlap", "other seed", "s/image"]
+    head = [
+        "steps",
+        "text tokens",
+        *ATTRIBUTES,
+        "all five",
+        "shape at 80 %",
+        "overlap",
+        "other seed",
+        "s/image",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [str(row["steps"]), str(row["tokens"])]
-        cells += [f"{row[name]:.1f} %" for name in (*ATTRIBUTES, "all", "overlap")]
+        cells += [f"{row[name]:.1f} %" for name in (*ATTRIBUTES, "all", "shape_close", "overlap")]
         cells += [f"{row['other_seed_db']:.1f} dB", f"{row['s_per_image']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    ModelMixin,
 )
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -120,8 +121,12 @@ def save_bf16(pipe: FluxPipeline, folder: Path) -> None:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             weights = {k: v.to(torch.bfloat16, copy=True) for k, v in part.state_dict().items()}
-            build = getattr(type(part), "from_config", None) or type(part)
-            part = build(part.config).to(torch.bfloat16)
+            if isinstance(part, ModelMixin):  # diffusers' configs remember where they were read
+                config = {k: v for k, v in part.config.items() if k != "_name_or_path"}
+                part = type(part).from_config(config)
+            else:
+                part = type(part)(part.config)
+            part = part.to(torch.bfloat16)
             part.load_state_dict(weights)
         parts[name] = part
     FluxPipeline(**parts).save_pretrained(folder)

@@ -9,6 +9,7 @@ Source: Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ from .train_vae import to_tensor
 TOKENS = 88 * 32  # per process and step: a batch of 32 pictures with 24 text tokens each
 SAMPLER_SIGMAS = (1.0, 0.75, 0.5, 0.25)
 SHORT_TEXTS = {24: 0.85, 64: 0.15}  # lengths and how often; the first half sees only these
-ALL_TEXTS = {24: 0.55, 64: 0.13, 128: 0.08, 256: 0.18, 512: 0.06}
+ALL_TEXTS = {24: 0.60, 64: 0.11, 128: 0.06, 256: 0.18, 512: 0.05}
 EMPTY_CAPTIONS = 0.05
 ATTRIBUTES = {
     "shape": SHAPES,
@@ -119,23 +120,26 @@ def pretrain_text(pipe: FluxPipeline, rng: random.Random, steps: int, log: bool)
             print(f"text {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f}", flush=True)
 
 
-def sample_sigmas(count: int) -> torch.Tensor:
-    """Draw noise levels: half the 4-step sampler's own, half logit-normal. Shapes: [count]"""
+def sample_sigmas(count: int, own_share: float = 0.5) -> torch.Tensor:
+    """Draw noise levels: a share of the 4-step sampler's own, the rest logit-normal.
+
+    Shapes: [count]
+    """
     place = torch.arange(count)
-    own = torch.tensor(SAMPLER_SIGMAS)[place // 2 % len(SAMPLER_SIGMAS)]
+    own = torch.tensor(SAMPLER_SIGMAS)[torch.randperm(count) % len(SAMPLER_SIGMAS)]
     smooth = torch.sigmoid(0.3 + 1.2 * torch.randn(count))
-    return torch.where(place % 2 == 0, own, smooth)
+    return torch.where(place < own_share * count, own, smooth)
 
 
 def flow_loss(
-    pipe: FluxPipeline, x0: torch.Tensor, captions: list[str], length: int
+    pipe: FluxPipeline, x0: torch.Tensor, captions: list[str], length: int, own_share: float = 0.5
 ) -> torch.Tensor:
     """Return the mean squared error of the predicted velocity.
 
     Shapes: x0 [B, 64 tokens, 64] float32
     """
     encode = TextEncoder(pipe)
-    sigma, noise = sample_sigmas(len(x0)), torch.randn_like(x0)
+    sigma, noise = sample_sigmas(len(x0), own_share), torch.randn_like(x0)
     mixed = x0 + sigma[:, None, None] * (noise - x0)
     # A bf16 pipeline rounds t = 1000 sigma to 8 bits, an fp32 one does not: meet both.
     rounded = sigma.mul(1000).bfloat16().div(1000).float()
@@ -197,16 +201,20 @@ def _work(rank: int, procs: int, vae: str, out: str, work: str, seed: int, plan:
     rng.seed(seed * 1000 + begin * 10 + rank)
     torch.manual_seed(seed * 1000 + begin * 10 + rank)
     shared = random.Random(seed + begin)  # the text length is the same in all processes
+    # small shapes come out right last, so the second half draws them twice as often
+    odds = list(itertools.accumulate(2 if scene.size == "small" else 1 for scene in scenes))
     clock, losses = time.perf_counter(), []
     for step in range(begin, plan["flow"]):
-        texts = ALL_TEXTS if step >= plan["flow"] // 2 else SHORT_TEXTS
+        late = step >= plan["flow"] // 2
+        texts = ALL_TEXTS if late else SHORT_TEXTS
         length = shared.choices(list(texts), list(texts.values()))[0]
-        rows = [rng.randrange(len(pool)) for _ in range(TOKENS // (pool.shape[1] + length))]
+        count = TOKENS // (pool.shape[1] + length)
+        rows = rng.choices(range(len(pool)), cum_weights=odds if late else None, k=count)
         captions = [
             "" if rng.random() < EMPTY_CAPTIONS else caption(scenes[row], rng) for row in rows
         ]
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(pipe, pool[rows].float(), captions, length)
+            loss = flow_loss(pipe, pool[rows].float(), captions, length, 0.8 if late else 0.5)
         loss.backward()
         norm = optimiser.step(learning_rate_factor(step, plan["flow"]))
         average.update()
