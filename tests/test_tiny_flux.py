@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -150,3 +151,12 @@ def test_the_seed_decides_the_picture(pipe):
 
 def test_strange_prompts_draw_something(pipe):
     assert len(evaluate.draw(pipe, STRANGE, 1, 256, seed=0)) == len(STRANGE)
+
+
+def test_the_readme_shows_the_committed_evaluation():
+    folder = CKPT.parent
+    rows = json.loads((folder / "evaluation.json").read_text())
+    assert evaluate.table(rows) in (folder / "README.md").read_text()
+    four = next(row for row in rows if (row["steps"], row["tokens"]) == (4, 256))
+    assert min(four["colour"], four["background"]) >= 98
+    assert four["shape"] >= 92 and four["position"] >= 90
