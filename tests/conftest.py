@@ -66,3 +66,11 @@ def as_machine(monkeypatch):
         monkeypatch.setattr(hardware, "detect", lambda device=None: machine)
 
     return pretend
+
+
+@pytest.fixture
+def roomy(as_machine):
+    """Run the checks as on a CPU with room for the published checkpoints."""
+    from utils.hardware import Machine
+
+    as_machine(Machine("cpu", "any", memory_gib=512.0))

@@ -84,7 +84,7 @@ def test_defaults_on_a_cpu():
         ("black-forest-labs/FLUX.1-dev", (28, 3.5, 512, 1024)),
     ],
 )
-def test_defaults_of_the_published_checkpoints(ckpt, expected):
+def test_defaults_of_the_published_checkpoints(ckpt, expected, roomy):
     args = make_args("--ckpt", ckpt, "--random_weights", "--device", "cpu")
     got = (args.num_inference_steps, args.guidance_scale, args.max_sequence_length, args.height)
     assert got == expected
@@ -217,6 +217,15 @@ def test_damaged_checkpoint_config_is_one_line(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
     with pytest.raises(UserError, match="found a OtherPipeline"):
         make_args("--ckpt", str(tmp_path), "--device", "cpu")
+
+
+def test_weights_larger_than_the_memory_are_refused_before_they_are_built(as_machine):
+    as_machine(Machine("cpu", "small", memory_gib=24.0))
+    with pytest.raises(UserError) as refusal:
+        make_args("--random_weights", "--ckpt", "black-forest-labs/FLUX.1-dev")
+    text = str(refusal.value)
+    assert "needs 31.4 GiB for its weights alone, found 24.0 GiB on a CPU" in text
+    assert len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("mode", ["compile", "export_aoti"])

@@ -56,7 +56,7 @@ def test_its_defaults_and_its_image(kontext, picture):
     assert args.pil_image.tobytes() == expected.tobytes()
 
 
-def test_full_size_kontext_gets_one_of_its_own_resolutions(picture):
+def test_full_size_kontext_gets_one_of_its_own_resolutions(picture, roomy):
     args = make_args(
         *("--ckpt", "black-forest-labs/FLUX.1-Kontext-dev", "--random_weights"),
         *("--device", "cpu", "--image", picture),

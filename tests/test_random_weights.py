@@ -20,7 +20,7 @@ def parameters(module) -> int:
         ("black-forest-labs/FLUX.1-dev", 11_901_408_320),
     ],
 )
-def test_parameter_counts_are_those_of_the_published_checkpoints(ckpt, transformer):
+def test_parameter_counts_are_those_of_the_published_checkpoints(ckpt, transformer, roomy):
     args = make_args("--ckpt", ckpt, "--random_weights", "--device", "cpu")
     parts = modules(args.checkpoint, torch.bfloat16, "meta")
     assert parameters(parts["transformer"]) == transformer

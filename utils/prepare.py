@@ -41,6 +41,8 @@ def prepare(args) -> None:
         raise UserError("\n".join(problems))
     args.pil_image = _open_image(args)
     args.plan = _plan(args)
+    if args.random_weights:
+        _check_room(args)
 
 
 def begin(args) -> tuple:
@@ -187,6 +189,19 @@ def _open_image(args):
         )
     size = tuple(max(16, edge // 16 * 16) for edge in (width, height))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _check_room(args) -> None:
+    """Refuse to build more weights than the device has memory, before it is filled."""
+    from utils.random_weights import weights_gib
+
+    needed, found = weights_gib(args.checkpoint, args.dtype), args.machine.memory_gib
+    if needed > found:
+        raise UserError(
+            f"--random_weights: {args.ckpt} needs {needed:.1f} GiB for its weights alone, found "
+            f"{found:.1f} GiB on {args.machine.short()}; use a larger --device, or --ckpt "
+            f"{checkpoints.BUNDLED[0]}"
+        )
 
 
 def _plan(args) -> dict:

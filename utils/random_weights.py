@@ -107,6 +107,13 @@ def modules(checkpoint: checkpoints.Checkpoint, dtype, device: str) -> dict:
         torch.set_default_dtype(default_dtype)
 
 
+def weights_gib(checkpoint: checkpoints.Checkpoint, dtype) -> float:
+    """Give the size of all weights, from their shapes alone. Units: GiB."""
+    parts = modules(checkpoint, dtype, "meta").values()
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+
+
 def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
     """Build the checkpoint's pipeline with seeded random weights, directly on the device.
 
