@@ -12,9 +12,11 @@ def main() -> None:
     args = create_parser("Make images with every optimisation on.").parse_args()
 
     quiet_libraries()
+    from utils import card
     from utils.images import save_images
     from utils.pipeline_utils import generate, optimize
     from utils.prepare import begin
+    from utils.steps.cache_dit import last_call
 
     pipeline, load_s = begin(args)
     start = time.perf_counter()
@@ -22,7 +24,10 @@ def main() -> None:
     optimized = time.perf_counter()
     images = generate(pipeline, args)
     done = time.perf_counter()
-    for path in save_images(images, args):
+    used = last_call(pipeline, args)
+    for line in card.step_cache(used):
+        print(line)
+    for path in save_images(images, args, used):
         note = " (random weights: the picture means nothing)" if args.random_weights else ""
         print(f"wrote {path}{note}")
     print(

@@ -74,6 +74,7 @@ def main() -> None:
     from utils.memory import peak_memory, reset_peak_memory
     from utils.pipeline_utils import generate, optimize
     from utils.prepare import begin
+    from utils.steps.cache_dit import last_call
 
     pipeline, load_s = begin(args)
     reference = quality.run(pipeline, args)
@@ -96,12 +97,13 @@ def main() -> None:
     )
     memory = peak_memory(args.device)
     result = quality.run(pipeline, args)
+    used = last_call(pipeline, args)
     if args.trace_file:
         write_trace(Path(args.trace_file), lambda: generate(pipeline, args))
     if args.output_file:
         from utils.images import save_images
 
-        save_images(result.images, args)
+        save_images(result.images, args, used)
 
     stages = stage_seconds(regions)
     scores = quality.compare(result, reference)
@@ -111,6 +113,8 @@ def main() -> None:
     print(f"total       {total} s per call")
     for title, spread in stages.items():
         print(f"  {title:16s} {spread} s{' per step' if title == 'denoising_step' else ''}")
+    for line in card.step_cache(used):
+        print(line)
     print("memory      " + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items()))
     print(
         f"quality     against {card.call(args)['dtype']} eager: PSNR "
@@ -125,6 +129,7 @@ def main() -> None:
         "environment": card.environment(args),
         "call": card.call(args),
         "steps": card.plan_as_dict(args),
+        "step_cache": used,
         "lossless": card.is_lossless(args),
         "load_s": round(load_s, 3),
         "optimize_s": round(optimize_s, 3),

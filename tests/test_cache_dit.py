@@ -1,15 +1,15 @@
-"""The step cache's settings, and its mechanics on a random-weight Dev of the bundled size."""
-
-import json
-import shutil
+"""The step cache: its settings, and what it does to tiny-dev."""
 
 import pytest
+import torch
 from conftest import make_args
 
-from utils import quality
+from tiny_flux.scenes import Scene, render
+from utils import card, quality
+from utils.calls import only_known_calls
 from utils.errors import UserError
 from utils.pipeline_utils import generate, load_pipeline, optimize
-from utils.steps.cache_dit import read_settings
+from utils.steps.cache_dit import last_call, read_settings
 
 FLUX_FAST = """
 cache_type: DBCache
@@ -25,21 +25,8 @@ taylorseer_kwargs:
 """
 
 
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory):
-    """Make a folder with the bundled configs and a guidance embedding: an architecture of Dev."""
-    from utils.checkpoints import BUNDLED_DIR
-
-    folder = tmp_path_factory.mktemp("dev")
-    ignore = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(BUNDLED_DIR / "tiny-schnell", folder, ignore=ignore, dirs_exist_ok=True)
-    config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": True}))
-    return str(folder)
-
-
-def run_of(dev, *flags):
-    return make_args("--ckpt", dev, "--random_weights", "--device", "cpu", *flags)
+def run_of(*flags):
+    return make_args("--ckpt", "tiny-dev", "--device", "cpu", *flags)
 
 
 def test_an_older_file_is_translated(tmp_path):
@@ -68,51 +55,144 @@ def test_our_own_file_is_read_to_the_last_key():
         ("a: [", "while parsing"),
     ],
 )
-def test_wrong_files_are_refused_in_one_line(text, expected, tmp_path, dev):
+def test_wrong_files_are_refused_in_one_line(text, expected, tmp_path):
     file = tmp_path / "wrong.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match="--cache_dit_config") as refusal:
-        run_of(dev, "--cache_dit_config", str(file))
+        run_of("--cache_dit_config", str(file))
     assert expected in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def test_a_missing_file_and_an_export_are_refused(dev):
+def test_a_missing_file_and_an_export_are_refused():
     with pytest.raises(UserError, match="No such file"):
-        run_of(dev, "--cache_dit_config", "no.yaml")
+        run_of("--cache_dit_config", "no.yaml")
     with pytest.raises(UserError, match="cannot be exported"):
         export = ("--compile_export_mode", "export_aoti")
-        run_of(dev, "--cache_dit_config", "cache_config.yaml", *export)
+        run_of("--cache_dit_config", "cache_config.yaml", *export)
     with pytest.raises(UserError, match="--compile_scope full"):
         whole = ("--compile_export_mode", "compile", "--compile_scope", "full")
-        run_of(dev, "--cache_dit_config", "cache_config.yaml", *whole)
+        run_of("--cache_dit_config", "cache_config.yaml", *whole)
 
 
-def test_reused_steps_are_fewer_block_calls_and_nothing_leaks_between_calls(dev, tmp_path):
-    file = tmp_path / "eager.yaml"
+EAGER = ("--compile_export_mode", "disabled")
+OURS = ("--cache_dit_config", "cache_config.yaml")
+
+
+@pytest.fixture
+def often(tmp_path):
+    """Write settings that reuse as often as they may."""
+    file = tmp_path / "often.yaml"
     file.write_text(
         "cache_config: {Fn_compute_blocks: 1, residual_diff_threshold: 9, max_warmup_steps: 2}"
     )
-    args = run_of(dev, "--cache_dit_config", str(file), "--num_inference_steps", "8")
-    plain = run_of(dev, "--num_inference_steps", "8")
-    assert args.guidance_scale == 3.5 and args.plan["cache_dit"].is_on
-    reference = quality.run(load_pipeline(plain), plain)
+    return ("--cache_dit_config", str(file), "--num_inference_steps", "8")
+
+
+def test_without_a_named_mode_the_blocks_are_compiled_and_the_card_says_so():
+    args = run_of(*OURS)
+    assert (args.compile_export_mode, args.compile_scope) == ("compile", "blocks")
+    assert args.plan["compile"].is_on and not args.plan["cache_dit"].lossless
+    text = card.render(args)
+    assert "mode        compile (the default with a step cache, which cannot be exported)" in text
+    assert run_of(*OURS, *EAGER).compile_export_mode == "disabled"
+
+
+def test_reused_steps_are_fewer_block_calls_and_are_reported(often):
+    args = run_of(*often, *EAGER)
+    reference = quality.run(load_pipeline(plain := run_of(*often[2:])), plain)
     pipeline = load_pipeline(args)
     calls = []
     last = pipeline.transformer.single_transformer_blocks[-1]
     last.register_forward_hook(lambda *_: calls.append(1))
     optimize(pipeline, args)
+    result = quality.run(pipeline, args)
+    used = last_call(pipeline, args)
+    assert 2 <= len(calls) == len(used["computed"]) < 8
+    assert used["computed"][:2] == [0, 1]
+    assert sorted(used["computed"] + used["reused"]) == list(range(8))
+    assert card.step_cache(used)[0].startswith(f"step cache  {len(calls)} of 8 steps computed: 0-")
+    assert quality.relative_l2(result.latents, reference.latents) > 0  # it is lossy
+    assert last_call(pipeline, run_of()) is None
+
+
+def test_nothing_leaks_between_calls_or_into_other_pipelines(often):
+    args = run_of(*often, *EAGER)
+    pipeline = optimize(load_pipeline(args), args)
+    first = generate(pipeline, args)[0]
+    used = last_call(pipeline, args)
+    others = (
+        ("--prompt", "a large green square", "--seed", "5"),
+        ("--width", "160", "--height", "96", "--num_images_per_prompt", "2"),
+        ("--num_inference_steps", "3"),  # ends inside of a cycle
+    )
+    for other in others:
+        generate(pipeline, run_of(*often, *other, *EAGER))
+        assert generate(pipeline, args)[0].tobytes() == first.tobytes(), other
+        assert last_call(pipeline, args) == used
+    plain = run_of(*often[2:])
+    stock = load_pipeline(plain)
+    assert "_is_cached" not in vars(type(stock)) and not hasattr(stock, "_is_cached")
+    second = optimize(load_pipeline(args), args)
+    assert generate(second, args)[0].tobytes() == first.tobytes()
+    assert generate(pipeline, args)[0].tobytes() == first.tobytes()
+    expected = quality.run(load_pipeline(plain), plain).images[0]
+    assert generate(stock, plain)[0].tobytes() == expected.tobytes()
+
+
+def test_an_interrupted_call_leaves_nothing_behind(often):
+    args = run_of(*often, *EAGER)
+    pipeline = optimize(load_pipeline(args), args)
+    first = generate(pipeline, args)[0]
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    handle = pipeline.transformer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipeline, args)
+    handle.remove()
+    assert generate(pipeline, args)[0].tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize("model", ["tiny-dev", "tiny-kontext"])
+def test_our_settings_save_steps_and_keep_the_picture(model, reference, tmp_path):
+    """At 28 steps, with the settings that the README recommends."""
+    image = tmp_path / "in.png"
+    render(Scene("circle", "red", "blue")).save(image)
+    flags = ("--ckpt", model, *(("--image", str(image)) if model == "tiny-kontext" else ()))
+    args = make_args("--device", "cpu", *flags, *OURS, *EAGER)
+    pipeline = optimize(load_pipeline(args), args)
+    scores = quality.compare(quality.run(pipeline, args), reference(*flags))
+    assert len(last_call(pipeline, args)["reused"]) >= 8
+    assert scores["psnr_db_worst"] > 31, scores
+
+
+def test_compiled_blocks_without_graph_breaks_or_recompilation(often):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    args = run_of(*often)  # no mode is named
+    pipeline = optimize(load_pipeline(args), args)
     first = quality.run(pipeline, args)
-    assert 2 <= len(calls) < 8
-    again = generate(pipeline, args)[0]
-    assert again.tobytes() == first.images[0].tobytes()
-    assert quality.relative_l2(first.latents, reference.latents) > 0  # it is lossy, and says so
-    assert not args.plan["cache_dit"].lossless
+    used = last_call(pipeline, args)
+    eager = run_of(*often, *EAGER)
+    reference = quality.run(optimize(load_pipeline(eager), eager), eager)
+    assert quality.compare(first, reference)["psnr_db_worst"] > 35
+    generate(pipeline, run_of(*often, "--prompt", "a white ring", "--seed", "3"))
+    with only_known_calls():
+        again = quality.run(pipeline, args)
+    assert again.images[0].tobytes() == first.images[0].tobytes()
+    assert last_call(pipeline, args) == used
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
 
 
-def test_more_computed_blocks_than_there_are_is_one_line(dev, tmp_path):
+def test_more_computed_blocks_than_there_are_is_one_line(tmp_path):
     file = tmp_path / "deep.yaml"
     file.write_text("Fn_compute_blocks: 8")
-    args = run_of(dev, "--cache_dit_config", str(file))
+    args = run_of("--cache_dit_config", str(file), *EAGER)
     with pytest.raises(UserError, match=r"is 8, expected fewer than the 3 blocks"):
         optimize(load_pipeline(args), args)

@@ -20,6 +20,7 @@ from aoti_pieces import (
 from flux_pieces import relative_error
 
 from utils import aoti, artifacts
+from utils.calls import only_known_calls
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.steps import export_aoti, on
@@ -136,20 +137,41 @@ def test_code_follows_weights_that_change_in_place(built):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_states": torch.zeros(1, 17, 64)}, r"hidden_states shape.*\[1, 16, 64\].*17"),
-        ({"hidden_states": torch.zeros(2, 16, 64)}, r"hidden_states shape.*\[2, 16, 64\]"),
-        ({"timestep": torch.zeros(1, dtype=torch.bfloat16)}, r"timestep dtype.*32.*bfloat16"),
-        ({"timestep": torch.zeros(1, device="meta")}, r"timestep device.*cpu.*meta"),
-        ({"guidance": torch.ones(1)}, r"guidance.*the value None.*\[1\]"),
-        ({"txt_ids": None}, r"txt_ids.*\[32, 3\].*None"),
-        ({"joint_attention_kwargs": {"scale": 2.0}}, "joint_attention_kwargs.*covers None"),
+        ({"hidden_states": torch.zeros(1, 17, 64)}, r"hidden_states\.shape: .*16, 64\].*17, 64\]"),
+        ({"hidden_states": torch.zeros(2, 16, 64)}, r"hidden_states\.shape: .*expected \[2, 16"),
+        ({"timestep": torch.zeros(1, dtype=torch.bfloat16)}, r"timestep\.dtype.*32.*bfloat16"),
+        ({"timestep": torch.zeros(1, device="meta")}, r"timestep\.device.*cpu.*meta"),
+        ({"guidance": torch.ones(1)}, r"guidance\.shape: found nothing, expected \[1\]"),
+        ({"txt_ids": None}, r"txt_ids\.shape: found \[32, 3\], expected nothing"),
+        ({"joint_attention_kwargs": {"scale": 2.0}}, r"joint_attention_kwargs\.scale.*2\.0"),
         ({"controlnet_blocks_repeat": True}, r"controlnet_blocks_repeat.*False.*True"),
     ],
     ids=["tokens", "batch", "dtype", "device", "guidance", "missing", "kwargs", "flag"],
 )
-def test_a_call_that_is_not_covered_is_refused_by_name(built, changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_call_of_another_kind_is_told_by_field(built, monkeypatch, changes, message):
+    monkeypatch.setattr(built.args, "use_cached_model", True)
+    with pytest.raises(UserError, match=message):
         built.pipeline.transformer(**transformer_call(**changes))
+
+
+def test_a_call_of_another_kind_gets_packages_of_its_own(built, copied, counted):
+    pipeline, args = make_pipeline(), make_args(copied)
+    wide = make_args(copied, width=24)
+    eager = generate(pipeline, wide)
+    export_aoti.apply(pipeline, args)
+    before = len(counted)
+    with only_known_calls(), pytest.raises(RuntimeError, match=r"transformer.*in a timed run"):
+        generate(pipeline, wide)
+    found = generate(pipeline, wide)
+    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)
+    assert counted[before:] == ["transformer", "decoder"]
+    with only_known_calls():  # both kinds are known from here on
+        torch.testing.assert_close(generate(pipeline, wide), found)
+        torch.testing.assert_close(generate(pipeline, args), built.eager, rtol=1e-4, atol=1e-4)
+    again = make_pipeline()
+    export_aoti.apply(again, make_args(copied, use_cached_model=True))
+    torch.testing.assert_close(generate(again, wide), found)
+    assert len(counted) == before + 2
 
 
 def test_an_unknown_argument_is_refused(built):
@@ -286,12 +308,14 @@ def test_a_graph_around_the_package(built):
     pipeline, recorder = make_pipeline(), RerunRecorder()
     export_aoti.apply(pipeline, make_args(built.root, use_cached_model=True))
     for name, module in (("transformer", pipeline.transformer), ("decoder", pipeline.vae.decoder)):
-        module.forward.run = CUDAGraphWrapper(module.forward.run, name, recorder)
+        (runner,) = module.forward.runners.values()
+        runner.run = CUDAGraphWrapper(runner.run, name, recorder)
     found = generate(pipeline, built.args)
     torch.testing.assert_close(found, built.eager, rtol=1e-4, atol=1e-4)
     assert recorder.recorded == 2  # two steps replayed one graph
-    with pytest.raises(ValueError, match="guidance"):
+    with pytest.raises(UserError, match="guidance"):
         pipeline.transformer(**transformer_call(guidance=torch.ones(1)))
+    assert recorder.recorded == 2
 
 
 @pytest.mark.gpu
@@ -304,7 +328,8 @@ def test_gpu_pipeline(tmp_path):
     args = make_args(tmp_path / "cache", dtype=torch.bfloat16, machine=detect("cuda"))
     eager = generate(pipeline, args, output_type="latent")
     export_aoti.apply(pipeline, args)
-    assert isinstance(pipeline.transformer.forward.run, CUDAGraphWrapper)
+    (runner,) = pipeline.transformer.forward.runners.values()
+    assert isinstance(runner.run, CUDAGraphWrapper)
     first = generate(pipeline, args, output_type="latent")
     assert relative_error(first, eager) < 0.02
     assert torch.equal(generate(pipeline, args, output_type="latent"), first)

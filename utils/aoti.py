@@ -21,7 +21,14 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
-from utils.calls import call_differences, dense, describe, layout
+from utils.calls import (
+    call_differences,
+    dense,
+    describe,
+    key_of,
+    layout,
+    refuse_if_only_known,
+)
 
 PACKAGE_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
@@ -31,9 +38,9 @@ MAX_PROBLEMS = 5  # lines; a foreign set of weights differs in hundreds
 
 
 class Component:
-    """One module whose forward is to be replaced: its call, its weights, its package.
+    """One module whose forward is to be replaced: its signature, its weights, and one call.
 
-    `inputs` maps every parameter of forward, in order, to what a call gave (or the default);
+    `inputs` maps every parameter of forward, in order, to what that call gave (or the default);
     return_dict is always False inside of a package.
     """
 
@@ -66,7 +73,9 @@ class Component:
         Export needs plain tensors, and unwrapping changes modules in place: not the live ones.
         """
         shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
-        shell = copy.deepcopy(self.module, shared)
+        replaced = {id(vars(self.module).get("forward")): None}  # packages are never copied
+        shell = copy.deepcopy(self.module, shared | replaced)
+        vars(shell).pop("forward", None)
         if all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in shared.values()):
             return shell
         from torchao.utils import unwrap_tensor_subclass
@@ -219,48 +228,62 @@ def attach(component: Component, files: dict[str, Path], expected: dict[str, lis
     return package
 
 
-class PackageForward:
-    """Stands in for a component's forward: compares each call with the package, then runs it."""
+class Runner:
+    """One package, and the call that it was made for."""
 
-    def __init__(self, component: Component, run: Callable) -> None:
-        self.name, self.bind, self.run = component.name, component.bind, run
-        self.covers = describe(component.inputs)
-        leaves, self.spec = pytree.tree_flatten(component.inputs)
-        self.expected = [self._quick(leaf) for leaf in leaves]
+    def __init__(self, inputs: dict, run: Callable) -> None:
+        self.run = run
+        leaves, self.spec = pytree.tree_flatten(inputs)
+        self.key = key_of(leaves, self.spec)
         self.templates = [
             leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
         ]
 
-    @staticmethod
-    def _quick(leaf) -> tuple:
-        if isinstance(leaf, torch.Tensor):
-            return (leaf.shape, leaf.dtype, leaf.device)
-        return (type(leaf), leaf)
-
-    def __call__(self, *args, **kwargs):
-        """Give what the original forward gives.
-
-        Raises: ValueError naming the first input that the package does not cover.
-        """
-        inputs, return_dict = self.bind(args, kwargs)
-        leaves, spec = pytree.tree_flatten(inputs)
-        if spec != self.spec or [self._quick(leaf) for leaf in leaves] != self.expected:
-            lines = call_differences(self.covers, describe(inputs)) or ["another device index"]
-            raise ValueError(f"export_aoti: {self.name}: {lines[0]}; export for this call anew")
+    def __call__(self, leaves: list):
+        """Run the package on the leaves of its call, in the strides that it was compiled for."""
         leaves = [
-            self._laid_out(leaf, template)
+            leaf
+            if not isinstance(leaf, torch.Tensor) or layout(leaf) == layout(template)
+            else torch.empty_like(template, device=leaf.device).copy_(leaf)
             for leaf, template in zip(leaves, self.templates, strict=True)
         ]
-        output = self.run(**pytree.tree_unflatten(leaves, spec))
+        return self.run(**pytree.tree_unflatten(leaves, self.spec))
+
+
+class PackageForward:
+    """Stands in for a component's forward: one package for each kind of call.
+
+    Every call is compared with the packages before one of them runs. For a call of a new kind
+    (another size, batch or text length) `provide(component)` is asked once, with the call in
+    `component.inputs`, for something to run.
+    """
+
+    def __init__(self, component: Component, provide: Callable[[Component], Callable]) -> None:
+        self.component, self.provide = component, provide
+        self.runners: dict[tuple, Runner] = {}
+
+    def __call__(self, *args, **kwargs):
+        """Give what the original forward gives."""
+        inputs, return_dict = self.component.bind(args, kwargs)
+        leaves, spec = pytree.tree_flatten(inputs)
+        runner = self.runners.get(key_of(leaves, spec)) or self.add(inputs)
+        output = runner(leaves)
         if return_dict:
             from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
             return Transformer2DModelOutput(sample=output[0])
         return output
 
-    @staticmethod
-    def _laid_out(leaf, template):
-        """Give a tensor the strides that the code was compiled for."""
-        if not isinstance(leaf, torch.Tensor) or layout(leaf) == layout(template):
-            return leaf
-        return torch.empty_like(template, device=leaf.device).copy_(leaf)
+    def add(self, inputs: dict) -> Runner:
+        """Get a package for a call of a new kind.
+
+        Raises: RuntimeError in a timed run; whatever `provide` raises.
+        """
+        refuse_if_only_known(f"export_aoti: {self.component.name}: a call of a new kind")
+        self.component.inputs = pytree.tree_map_only(torch.Tensor, dense, inputs)
+        try:
+            runner = Runner(self.component.inputs, self.provide(self.component))
+        finally:
+            self.component.inputs = None  # recorded tensors are no longer needed
+        self.runners[runner.key] = runner
+        return runner

@@ -188,15 +188,15 @@ def synchronize(device: str) -> None:
 def measure(
     run, device: str, num_runs: int, num_warmup: int, before_timed=None, after_run=None
 ) -> Spread:
-    """Time `run()` end to end; compilation inside a timed run is an error.
+    """Time `run()` end to end; compiling, exporting or recording in a timed run is an error.
 
     `before_timed` is called once between warm-up and timed runs, `after_run` after each of these,
     both outside of the time.
 
     Units: seconds.
-    Raises: RuntimeError naming the guard that asked for a recompilation.
+    Raises: RuntimeError naming the guard that asked for a recompilation, or the new call.
     """
-    import torch
+    from utils.calls import only_known_calls
 
     for _ in range(num_warmup):
         run()
@@ -204,7 +204,7 @@ def measure(
     if before_timed is not None:
         before_timed()
     samples = []
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with only_known_calls():
         for _ in range(num_runs):
             synchronize(device)
             start = time.perf_counter()

@@ -1,7 +1,49 @@
-"""What a call of a component looks like: described for a manifest, compared field by field."""
+"""What a call of a component looks like: described for a manifest, compared field by field.
+
+Packages and CUDA graphs serve calls of one kind each and make another for a call of a new kind.
+That takes from seconds to minutes, so inside of `only_known_calls()` it is an error instead.
+"""
+
+from contextlib import contextmanager
 
 import torch
 from torch.utils import _pytree as pytree
+
+_only_known = False
+
+
+@contextmanager
+def only_known_calls():
+    """Let nothing be compiled, exported or recorded in here: a timed run must not pay for it."""
+    global _only_known
+    before, _only_known = _only_known, True
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            yield
+    finally:
+        _only_known = before
+
+
+def refuse_if_only_known(what: str) -> None:
+    """Refuse a new kind of call where only known ones are wanted.
+
+    Raises: RuntimeError naming what would have been made.
+    """
+    if _only_known:
+        raise RuntimeError(f"{what} in a timed run; the warm-up must make the same calls")
+
+
+def key_of(leaves: list, spec) -> tuple:
+    """Give what tells one kind of call from another: tensors by shape, dtype and device.
+
+    The values of everything else belong to the kind, and their types: 1 == 1.0 == True.
+    """
+    return spec, *(
+        (leaf.shape, leaf.dtype, leaf.device)
+        if isinstance(leaf, torch.Tensor)
+        else (type(leaf), leaf)
+        for leaf in leaves
+    )
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,8 @@ def render(args) -> str:
         f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
         f"steps, guidance {guidance}, {args.max_sequence_length} text tokens, seed {args.seed}",
     ]
+    mode = args.compile_export_mode
+    lines.append(f"mode        {mode}" + (f" ({args.mode_reason})" if args.mode_reason else ""))
     if args.random_weights:
         lines.append("note        random weights: the picture means nothing")
     for name, verdict in args.plan.items():
@@ -112,3 +114,25 @@ def render(args) -> str:
             state = "" if verdict.state == "off" else verdict.state + ": "
             lines.append(f"off: {name:22s} {state}{verdict.reason}")
     return "\n".join(lines)
+
+
+def step_cache(used: dict[str, list[int]] | None) -> list[str]:
+    """Write which steps of a call were computed and which reused; no line without a cache."""
+    if used is None:
+        return []
+    count = {name: len(steps) for name, steps in used.items()}
+    return [
+        f"step cache  {count['computed']} of {sum(count.values())} steps computed: "
+        f"{_ranges(used['computed'])}; {count['reused']} reused: {_ranges(used['reused'])}"
+    ]
+
+
+def _ranges(steps: list[int]) -> str:
+    """Write 0 1 2 5 as "0-2 5"."""
+    parts = []
+    for step in steps:
+        if parts and parts[-1][1] == step - 1:
+            parts[-1][1] = step
+        else:
+            parts.append([step, step])
+    return " ".join(f"{a}-{b}" if b > a else str(a) for a, b in parts) or "none"

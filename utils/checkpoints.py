@@ -13,19 +13,21 @@ from pathlib import Path
 from utils.errors import UserError
 
 BUNDLED_DIR = Path(__file__).resolve().parent.parent / "tiny_flux"
-BUNDLED = ("tiny-schnell",)
+BUNDLED = {  # name -> folder and kind; one set of weights draws and edits
+    "tiny-schnell": ("tiny-schnell", "schnell"),
+    "tiny-dev": ("tiny-dev", "dev"),
+    "tiny-kontext": ("tiny-dev", "kontext"),
+}
 HUB_KINDS = {
     "black-forest-labs/FLUX.1-schnell": "schnell",
     "black-forest-labs/FLUX.1-dev": "dev",
     "black-forest-labs/FLUX.1-Kontext-dev": "kontext",
 }
 DEFAULT_CKPT = {"cuda": "black-forest-labs/FLUX.1-schnell", "cpu": "tiny-schnell"}
-DEFAULT_PROMPT = {
-    "bundled": "a red circle on a blue background",
-    "schnell": "a lighthouse on a cliff at dawn, oil on canvas",
-    "dev": "a lighthouse on a cliff at dawn, oil on canvas",
-    "kontext": "make it night, with the lamp lit",
-}
+DRAW, EDIT = "a lighthouse on a cliff at dawn, oil on canvas", "make it night, with the lamp lit"
+DEFAULT_PROMPT = {"schnell": DRAW, "dev": DRAW, "kontext": EDIT}
+TINY_DRAW, TINY_EDIT = "a red circle on a blue background", "make the background green"
+TINY_PROMPT = {"schnell": TINY_DRAW, "dev": TINY_DRAW, "kontext": TINY_EDIT}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Checkpoint:
 
     @property
     def prompt(self) -> str:
-        return DEFAULT_PROMPT["bundled" if self.source == "bundled" else self.kind]
+        return (TINY_PROMPT if self.source == "bundled" else DEFAULT_PROMPT)[self.kind]
 
     def identity(self) -> str:
         """Name the weights themselves: a digest of a folder's files, or a hub revision."""
@@ -174,7 +176,8 @@ def resolve(name: str, random_weights: bool = False) -> Checkpoint:
     Raises: UserError for an unknown name, a folder without a model, a gated or unreachable one.
     """
     if name in BUNDLED:
-        found = _from_folder(name, BUNDLED_DIR / name, "bundled")
+        folder, kind = BUNDLED[name]
+        found = replace(_from_folder(name, BUNDLED_DIR / folder, "bundled"), kind=kind)
     elif Path(name).is_dir():
         found = _from_folder(name, Path(name), "folder")
     elif random_weights and name in HUB_KINDS:

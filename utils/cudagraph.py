@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
+from utils.calls import key_of, refuse_if_only_known
+
 WARMUP_CALLS = 3  # autotuning, lazily made workspaces and lazy loading must be over before capture
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -79,7 +81,9 @@ class CUDAGraphWrapper:
         # Keyword order is no part of a call; sorting gives f(a=, b=) and f(b=, a=) one graph
         call = (args, dict(sorted(kwargs.items())))
         leaves, spec = pytree.tree_flatten(call)
-        key = (spec, *map(self._key_of, leaves)) if self._plain(leaves) else self._explain(call)
+        if not self._plain(leaves):
+            self._check_values(call)
+        key = key_of(leaves, spec)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if key not in self._graphs:
             self._graphs[key] = self._record(leaves, spec, tensors)
@@ -92,16 +96,9 @@ class CUDAGraphWrapper:
     def _plain(leaves: list) -> bool:
         return all(isinstance(leaf, (torch.Tensor, *CONSTANTS)) for leaf in leaves)
 
-    @staticmethod
-    def _key_of(leaf: Any) -> tuple:
-        if isinstance(leaf, torch.Tensor):
-            return (leaf.shape, leaf.dtype, leaf.device)
-        return (type(leaf), leaf)  # the type too: 1 == 1.0 == True
-
-    def _explain(self, call: tuple) -> tuple:
-        """Key a call with unusual arguments, or refuse the first that has no lasting value."""
-        paths, spec = pytree.tree_flatten_with_path(call)
-        for path, leaf in paths:
+    def _check_values(self, call: tuple) -> None:
+        """Refuse the first argument that has no lasting value to be keyed by."""
+        for path, leaf in pytree.tree_leaves_with_path(call):
             by_identity = type(leaf).__hash__ is object.__hash__ and not callable(leaf)
             try:
                 hash(leaf)
@@ -117,9 +114,9 @@ class CUDAGraphWrapper:
                 f"CUDA graph of {self.name}: argument {where} of type {type(leaf).__name__} "
                 f"{reason}; expected tensors and plain values"
             )
-        return (spec, *(self._key_of(leaf) for _, leaf in paths))
 
     def _record(self, leaves: list, spec, tensors: list[torch.Tensor]) -> tuple:
+        refuse_if_only_known(f"CUDA graph of {self.name}: a call of a new kind is recorded")
         # Buffers made in inference mode could not be written outside of it; leaving it turns
         # gradients on
         with torch.inference_mode(False), torch.no_grad():

@@ -8,10 +8,11 @@ from pathlib import Path
 from utils import card
 
 
-def save_images(images: list, args) -> list[Path]:
+def save_images(images: list, args, step_cache: dict | None = None) -> list[Path]:
     """Write PNGs with how they were made in their metadata; several are numbered from 0.
 
     Each is written under a temporary name and renamed, so that an interruption leaves no half file.
+    `step_cache` tells which steps were computed and which reused (utils/steps/cache_dit.py).
     """
     target = Path(args.output_file)
     written = []
@@ -19,7 +20,7 @@ def save_images(images: list, args) -> list[Path]:
         path = target if len(images) == 1 else target.with_stem(f"{target.stem}_{k}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            image.save(temporary, format="PNG", pnginfo=_metadata(args, k))
+            image.save(temporary, format="PNG", pnginfo=_metadata(args, k, step_cache))
             temporary.replace(path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -28,7 +29,7 @@ def save_images(images: list, args) -> list[Path]:
     return written
 
 
-def _metadata(args, k: int):
+def _metadata(args, k: int, step_cache: dict | None):
     """Describe image k: enough to make it again."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -44,6 +45,8 @@ def _metadata(args, k: int):
     info.add_itxt("call", json.dumps(about, ensure_ascii=False))
     info.add_text("steps", json.dumps(card.plan_as_dict(args)))
     info.add_text("versions", json.dumps(card.versions()))
+    if step_cache is not None:
+        info.add_text("step cache", json.dumps(step_cache))
     if args.random_weights:
         info.add_text("note", "random weights: the picture means nothing")
     return info

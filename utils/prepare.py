@@ -4,6 +4,7 @@ Cheap checks come first (numbers, names, paths: no torch), then the device, then
 Every problem that is found is reported, one line each.
 """
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -129,6 +130,8 @@ def _fill_in(args) -> None:
     """Set the defaults that depend on the checkpoint and the device."""
     import torch
 
+    from utils.steps import compile
+
     defaults = args.checkpoint.defaults
     args.prompt = args.prompt or [args.checkpoint.prompt]
     args.height = args.height or args.checkpoint.native_size
@@ -136,9 +139,10 @@ def _fill_in(args) -> None:
     args.num_inference_steps = args.num_inference_steps or defaults.steps
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
+    args.mode_reason = ""
     if args.compile_export_mode is None:
-        on_gpu = "compile" if args.cache_dit_config else "export_aoti"
-        args.compile_export_mode = on_gpu if args.machine.device == "cuda" else "disabled"
+        mode = compile.default_mode(args.machine, bool(args.cache_dit_config))
+        args.compile_export_mode, args.mode_reason = mode
     args.compile_scope = args.compile_scope or ("blocks" if args.cache_dit_config else "full")
 
 
@@ -154,10 +158,13 @@ def _call_problems(args) -> list[str]:
         args.guidance_scale = kind.guidance
     if args.image and not kind.takes_image:
         problems.append(
-            f"--image {args.image}: {args.checkpoint.name} takes no image (Kontext does)"
+            f"--image {args.image}: {args.checkpoint.name} takes no image (Kontext does, "
+            "such as --ckpt tiny-kontext)"
         )
     if kind.takes_image and not args.image:
         problems.append(f"--image: {args.checkpoint.name} edits an image, none was given")
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
+        problems.append(f"--guidance_scale {args.guidance_scale:g}: expected 0 or more")
     return problems
 
 
@@ -200,7 +207,7 @@ def _check_room(args) -> None:
         raise UserError(
             f"--random_weights: {args.ckpt} needs {needed:.1f} GiB for its weights alone, found "
             f"{found:.1f} GiB on {args.machine.short()}; use a larger --device, or --ckpt "
-            f"{checkpoints.BUNDLED[0]}"
+            f"{checkpoints.DEFAULT_CKPT['cpu']}"
         )
 
 

@@ -4,7 +4,8 @@ It wraps the blocks, so it comes before quantisation looks for Linears in them a
 compiler traces them. Settings come from a YAML file (`cache_config.yaml` explains each key);
 flux-fast's older file is understood, and a key that nobody would read is refused, since cache-dit
 itself ignores it silently. Schnell has four steps, all different: there is nothing to reuse, and
-the step is refused.
+the step is refused. One decision serves the whole batch, so an image of a batch differs from its
+single image by as much as a cache costs.
 """
 
 import dataclasses
@@ -110,7 +111,19 @@ def apply(pipeline, args) -> None:
             f"--cache_dit_config: {' + '.join(ALWAYS)} is {sum(always)}, expected fewer than the "
             f"{blocks} blocks of {args.checkpoint.name}"
         )
+    # cache-dit patches the pipeline's class: with one of its own, other pipelines stay as they are
+    plain = type(pipeline)
+    pipeline.__class__ = type(plain.__name__, (plain,), {"__module__": plain.__module__})
     calibrator = cache_dit.TaylorSeerCalibratorConfig(**taylor) if taylor else None
     cache_dit.enable_cache(
         pipeline, cache_config=cache_dit.DBCacheConfig(**cache), calibrator_config=calibrator
     )
+
+
+def last_call(pipeline, args) -> dict[str, list[int]] | None:
+    """Tell which steps of the last call were computed and which reused; None without a cache."""
+    if not args.plan[NAME].is_on:
+        return None
+    reused = list(pipeline.transformer._cached_steps)  # cache-dit sets it after every call
+    computed = [step for step in range(args.num_inference_steps) if step not in reused]
+    return {"computed": computed, "reused": reused}

@@ -17,6 +17,9 @@ from utils.steps import Verdict, inductor_tuning_flags, off, on, refused
 
 NAME = "compile"
 AFTER = ("inductor_tuning_flags",)
+# Batch of one or more, static or dynamic size and text length, contiguous or sliced inputs: a block
+# meets more kinds of call than Dynamo's limit of 8, beyond which fullgraph is an error
+KINDS_OF_CALL = 64
 
 
 def add_flags(parser) -> None:
@@ -24,7 +27,8 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--compile_export_mode",
         choices=("compile", "export_aoti", "disabled"),
-        help="default: export_aoti on CUDA (compile with a step cache), disabled on a CPU",
+        help="default: export_aoti on CUDA, compile on ROCm and with a step cache, disabled on a "
+        "CPU",
     )
     parser.add_argument(
         "--compile_scope",
@@ -32,6 +36,17 @@ def add_flags(parser) -> None:
         help="whole transformer, or its repeated blocks only, which compiles many times faster "
         "(default: full; blocks with a step cache)",
     )
+
+
+def default_mode(machine, step_cache: bool) -> tuple[str, str]:
+    """Give the mode of a run that names none, and the reason."""
+    if step_cache:
+        return "compile", "the default with a step cache, which cannot be exported"
+    if machine.device == "cpu":
+        return "disabled", "the default on a CPU"
+    if machine.hip:
+        return "compile", "the default on ROCm"
+    return "export_aoti", "the default on CUDA"
 
 
 def check(args) -> Verdict:
@@ -45,7 +60,16 @@ def check(args) -> Verdict:
         )
     if problem := missing_compiler():
         return refused(problem)
-    return on(scope=args.compile_scope, fullgraph=True, **compiler_mode(args))
+    shapes = {"dynamic": True} if dynamic(args.machine) else {}
+    return on(scope=args.compile_scope, fullgraph=True, **shapes, **compiler_mode(args))
+
+
+def dynamic(machine) -> bool | None:
+    """Compile for any size at once on ROCm, where graphs of one size gave black pictures.
+
+    Elsewhere None: the first size is static, a second makes the code dynamic.
+    """
+    return True if machine.hip else None
 
 
 def missing_compiler() -> str:
@@ -76,13 +100,19 @@ def apply(pipeline, args) -> None:
 
     from utils.pipeline_utils import generate
 
-    options = {**compiler_mode(args), **inductor_tuning_flags.options(args)}
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, KINDS_OF_CALL)
+    how = {
+        "fullgraph": True,
+        "dynamic": dynamic(args.machine),
+        "options": {**compiler_mode(args), **inductor_tuning_flags.options(args)},
+    }
     transformer, decoder = pipeline.transformer, pipeline.vae.decoder
     if args.compile_scope == "blocks":
-        transformer.compile_repeated_blocks(fullgraph=True, options=options)
+        transformer.compile_repeated_blocks(**how)
     else:
-        transformer.forward = torch.compile(transformer.forward, fullgraph=True, options=options)
-    decoder.forward = torch.compile(decoder.forward, fullgraph=True, options=options)
+        transformer.forward = torch.compile(transformer.forward, **how)
+    decoder.forward = torch.compile(decoder.forward, **how)
     if args.machine.device == "cuda" and not args.cache_dit_config:
         from utils.cudagraph import wrap_components
 

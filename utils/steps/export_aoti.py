@@ -2,9 +2,11 @@
 
 Last, instead of `compile`: the package freezes everything above. Transformer and VAE decoder each
 become one package of code without weights, made for exactly the call of this run (batch, size,
-text length, guidance or none), which is recorded rather than assumed. On CUDA the forward is then
-put into a graph (utils/cudagraph.py). A package is used only if its whole manifest belongs to this
-run (utils/artifacts.py); everything that AOTI itself does not check, utils/aoti.py does.
+text length, guidance or none), which is recorded rather than assumed; a later call of another kind
+gets a package of its own. Static shapes cost a build for each, and nothing at run time. On CUDA the
+forward is then put into a graph (utils/cudagraph.py). A package is used only if its whole manifest
+belongs to this run (utils/artifacts.py); everything that AOTI itself does not check, utils/aoti.py
+does.
 """
 
 import time
@@ -71,6 +73,8 @@ def _no_cached_model(lines: list[str]) -> str:
 def apply(pipeline, args) -> None:
     """Replace both forwards by packages and make the run's own call once.
 
+    A later call of another size, batch or text length gets packages of its own when it comes.
+
     Raises: UserError if --use-cached-model finds no package of this run; lines name the fields.
     """
     from utils import aoti
@@ -83,24 +87,30 @@ def apply(pipeline, args) -> None:
     modules = (pipeline.transformer, pipeline.vae.decoder)
     components = [aoti.Component(*pair) for pair in zip(COMPONENTS, modules, strict=True)]
     recorder = CUDARecorder()  # one, so that both components' graphs share its memory pool
-    with stages(NAME, 2 + 3 * len(components)) as stage:
+    with stages(NAME, 2 + len(components)) as stage:
         stage("record inputs")
         aoti.record_inputs(components, lambda: generate(pipeline, args, num_inference_steps=1))
         shared = _shared_identity(args)
-        found = [_find(root, component, shared) for component in components]
-        missing = [line for _, _, lines in found for line in lines]
-        if missing and args.use_cached_model:
-            raise UserError(_no_cached_model(missing))
-        if missing:
-            say(NAME, "no package of this run yet; building takes minutes at full size, once")
-        for component, (identity, package, _) in zip(components, found, strict=True):
-            package = package or _build(root, component, shared, identity, args, stage)
-            stage(f"load {component.name}")
+        if args.use_cached_model:
+            lines = [line for component in components for line in _find(root, component, shared)[2]]
+            if lines:
+                raise UserError(_no_cached_model(lines))
+
+        def provide(component):
+            identity, package, lines = _find(root, component, shared)
+            if package is None and args.use_cached_model:
+                raise UserError(_no_cached_model(lines))
+            package = package or _build(root, component, shared, identity, args)
             run = aoti.attach(component, package.files, package.constants)
             if args.machine.device == "cuda":
                 run = CUDAGraphWrapper(run, component.name, recorder)
-            component.module.forward = aoti.PackageForward(component, run)
-            component.inputs = None  # recorded tensors are no longer needed
+            return run
+
+        for component in components:
+            stage(component.name)
+            forward = aoti.PackageForward(component, provide)
+            forward.add(component.inputs)
+            component.module.forward = forward
         stage("warm up")
         generate(pipeline, args)
 
@@ -156,7 +166,7 @@ def _find(root: Path, component, shared: dict) -> tuple:
     return identity, None if lines else package, lines
 
 
-def _build(root: Path, component, shared: dict, identity: dict, args, stage):
+def _build(root: Path, component, shared: dict, identity: dict, args):
     """Export, compile and store one component, unless another process has just done so."""
     from utils import aoti, artifacts
 
@@ -164,9 +174,8 @@ def _build(root: Path, component, shared: dict, identity: dict, args, stage):
     with artifacts.building(root, identity):
         if (package := _find(root, component, shared)[1]) is not None:
             return package
-        stage(f"export {component.name}")
+        say(NAME, f"{component.name}: no package of this call yet; minutes at full size, once")
         program = aoti.export(component)
-        stage(f"compile {component.name}")
         files, constants = aoti.compile_package(program, component, _options(args))
         package = artifacts.save(root, identity, files, constants)
     say(
