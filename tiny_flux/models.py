@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from .scenes import IMAGE_SIZE
-from .words import CLIP_LENGTH, build_clip_tokenizer, build_t5_tokenizer
+from .words import CLIP_LENGTH, build_clip_tokenizer, build_t5_tokenizer, caption_words
 
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 64
@@ -43,8 +43,12 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_transformer() -> FluxTransformer2DModel:
+def build_transformer(
+    pooled_width: int = TEXT_WIDTH, guidance_embeds: bool = False
+) -> FluxTransformer2DModel:
     """Build one double and two single blocks, starting as the identity (adaLN-zero).
+
+    A guidance embedding starts as zero: the model then ignores the scale.
 
     Source: Peebles and Xie 2023, arXiv:2212.09748, for the zero start
     """
@@ -56,26 +60,29 @@ def build_transformer() -> FluxTransformer2DModel:
         attention_head_dim=128,
         num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=TEXT_WIDTH,
-        guidance_embeds=False,
+        pooled_projection_dim=pooled_width,
+        guidance_embeds=guidance_embeds,
         axes_dims_rope=(16, 56, 56),
     )
     for name, module in model.named_modules():
         modulation = name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear"))
-        if modulation or name in ("norm_out.linear", "proj_out"):
+        last = ("norm_out.linear", "proj_out", "time_text_embed.guidance_embedder.linear_2")
+        if modulation or name in last:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return model
 
 
-def build_text_encoders(clip_tokenizer, t5_tokenizer) -> tuple[CLIPTextModel, T5EncoderModel]:
+def build_text_encoders(
+    clip_tokenizer, t5_tokenizer, clip_width: int = TEXT_WIDTH, t5_inner_width: int = 128
+) -> tuple[CLIPTextModel, T5EncoderModel]:
     """Build both text encoders for the given tokenizers."""
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip_tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
+            hidden_size=clip_width,
+            intermediate_size=2 * clip_width,
+            projection_dim=clip_width,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=CLIP_LENGTH,
@@ -90,7 +97,7 @@ def build_text_encoders(clip_tokenizer, t5_tokenizer) -> tuple[CLIPTextModel, T5
             vocab_size=len(t5_tokenizer),
             d_model=TEXT_WIDTH,
             d_kv=TEXT_WIDTH // 2,
-            d_ff=2 * TEXT_WIDTH,
+            d_ff=t5_inner_width,
             num_layers=2,
             num_heads=2,
             feed_forward_proj="gated-gelu",
@@ -102,7 +109,8 @@ def build_text_encoders(clip_tokenizer, t5_tokenizer) -> tuple[CLIPTextModel, T5
 
 def build_pipeline(vae: AutoencoderKL) -> FluxPipeline:
     """Put untrained text encoders and transformer around a trained autoencoder."""
-    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
+    words = caption_words()
+    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(words), build_t5_tokenizer(words)
     clip, t5 = build_text_encoders(clip_tokenizer, t5_tokenizer)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),

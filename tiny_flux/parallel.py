@@ -1,4 +1,4 @@
-"""What both trainings share: processes, flat gradients, Muon with AdamW, a schedule, an EMA.
+"""What the trainings share: processes, flat gradients, Muon with AdamW, a schedule, an EMA.
 
 On a busy machine one thread per process beats OpenMP threads by far, so data parallelism is by
 gloo processes of one thread each, with a single all-reduce over one flat gradient buffer.
@@ -7,8 +7,11 @@ gloo processes of one thread each, with a single all-reduce over one flat gradie
 from __future__ import annotations
 
 import os
+import random
 import socket
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -119,3 +122,66 @@ class Average:
             keep = p.detach().clone()
             p.copy_(s)
             s.copy_(keep)
+
+
+class Run:
+    """One training that saves as it goes and resumes from its state file."""
+
+    def __init__(
+        self, name: str, state: Path, trained: nn.Module, optimiser: Optimiser, decay: float = 0.999
+    ) -> None:
+        self.name, self.state, self.trained, self.optimiser = name, state, trained, optimiser
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        self.average, self.begin = Average(parameters, decay), 0
+        if state.exists():
+            found = torch.load(state)
+            self.begin = found["step"]
+            trained.load_state_dict(found["model"])
+            optimiser.load_state_dict(found["optimiser"])
+            self.average.shadow, self.average.count = found["average"], self.begin
+
+    def reseed(self, seed: int, rank: int, rng: random.Random) -> random.Random:
+        """Seed torch and `rng` for what is left to do; return a generator all processes share."""
+        rng.seed(seed * 1000 + self.begin * 10 + rank)
+        torch.manual_seed(seed * 1000 + self.begin * 10 + rank)
+        return random.Random(seed + self.begin)
+
+    def go(
+        self,
+        steps: int,
+        loss_of: Callable[[int], torch.Tensor],
+        release: Callable[[], None],
+        save_every: int,
+        log: bool,
+    ) -> None:
+        """Train up to step `steps`; with `log` report, save, and release the averaged weights."""
+        clock, losses = time.perf_counter(), []
+        for step in range(self.begin, steps):
+            loss = loss_of(step)
+            loss.backward()
+            norm = self.optimiser.step(learning_rate_factor(step, steps))
+            self.average.update()
+            losses.append(loss.item())
+            if log and step % 50 == 49:
+                seconds = (time.perf_counter() - clock) / len(losses)
+                print(
+                    f"{self.name} {step + 1}/{steps} loss {sum(losses) / len(losses):.4f} "
+                    f"norm {norm:.2f} {seconds:.3f} s/step",
+                    flush=True,
+                )
+                clock, losses = time.perf_counter(), []
+            if log and (step + 1 == steps or step % save_every == save_every - 1):
+                self._save(step + 1)
+                self.average.swap()
+                release()
+                self.average.swap()
+
+    def _save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "model": self.trained.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "average": self.average.shadow,
+        }
+        torch.save(state, self.state.with_suffix(".new"))
+        self.state.with_suffix(".new").replace(self.state)

@@ -86,7 +86,7 @@ def default_background(colour: str) -> str:
     return "black" if colour == "white" else "white"
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -94,8 +94,8 @@ def describe(scene: Scene) -> str:
     """Write the plain caption: "a small red circle at the top left on a blue background"."""
     size = "" if scene.size == "medium" else scene.size + " "
     place = "" if scene.position == "centre" else f" at the {scene.position}"
-    thing = _article(f"{size}{scene.colour} {scene.shape}")
-    return f"{thing}{place} on {_article(scene.background)} background"
+    thing = article(f"{size}{scene.colour} {scene.shape}")
+    return f"{thing}{place} on {article(scene.background)} background"
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -108,20 +108,25 @@ def caption(scene: Scene, rng: random.Random) -> str:
         place = f" {rng.choice(['at', 'at', 'in'])} the {scene.position}{corner}"
     noun = f"{size}{scene.colour} {scene.shape}"
     unnamed = scene.background == default_background(scene.colour) and rng.random() < 0.4
-    ground = f"{_article(scene.background)} background"
+    ground = f"{article(scene.background)} background"
     if unnamed:
-        text = rng.choice([f"{_article(noun)}{place}", f"{noun}{place}"])
+        text = rng.choice([f"{article(noun)}{place}", f"{noun}{place}"])
     else:
         text = rng.choice(
             [
-                *[f"{_article(noun)}{place} on {ground}"] * 4,
-                f"{_article(noun)} on {ground}{place}",
+                *[f"{article(noun)}{place} on {ground}"] * 4,
+                f"{article(noun)} on {ground}{place}",
                 f"{noun}{place}, {scene.background} background",
-                f"{ground} with {_article(noun)}{place}",
-                f"a picture of {_article(noun)}{place} on {ground}",
-                f"{_article(noun)}{place} on {scene.background}",
+                f"{ground} with {article(noun)}{place}",
+                f"a picture of {article(noun)}{place} on {ground}",
+                f"{article(noun)}{place} on {scene.background}",
             ]
         )
+    return restyle(text, rng)
+
+
+def restyle(text: str, rng: random.Random) -> str:
+    """Add a full stop or capitals now and then."""
     if rng.random() < 0.15:
         text += "."
     style = rng.random()

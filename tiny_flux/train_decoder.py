@@ -19,7 +19,7 @@ from diffusers import FluxPipeline
 from .models import save_bf16
 from .parallel import Average, Optimiser, launch, learning_rate_factor
 from .scenes import caption, render, sample_jitter, sample_scene
-from .train_flow import SAMPLER_SIGMAS, TextEncoder
+from .train_flow import SAMPLER_SIGMAS, TextEncoder, predict
 from .train_vae import picture_loss, to_tensor
 
 BATCH = 8  # per process
@@ -34,19 +34,12 @@ def redraw(pipe: FluxPipeline, x0: torch.Tensor, captions: list[str], first: int
     """
     if first == len(SAMPLER_SIGMAS):
         return x0
-    encode, side = TextEncoder(pipe), int(x0.shape[1] ** 0.5)
-    inputs = {
-        "pooled_projections": encode.pooled(captions),
-        "encoder_hidden_states": encode.tokens(captions, TEXT_LENGTH),
-        "txt_ids": torch.zeros(TEXT_LENGTH, 3),
-        "img_ids": FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32),
-    }
+    encode = TextEncoder(pipe)
+    text = encode.pooled(captions), encode.tokens(captions, TEXT_LENGTH)
     levels = [*SAMPLER_SIGMAS, 0.0]
     x = x0 + levels[first] * (torch.randn_like(x0) - x0)
     for now, then in zip(levels[first:], levels[first + 1 :], strict=False):
-        timestep = torch.full((len(x),), now)
-        velocity = pipe.transformer(x, timestep=timestep, return_dict=False, **inputs)[0]
-        x = x + (then - now) * velocity.float()
+        x = x + (then - now) * predict(pipe.transformer, x, torch.full((len(x),), now), *text)
     return x
 
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
+from PIL import Image
 from torch import nn
 
 from .models import build_pipeline, save_bf16
-from .parallel import Average, Optimiser, launch, learning_rate_factor
+from .parallel import Optimiser, Run, launch, learning_rate_factor
 from .scenes import (
     COLOURS,
     POSITIONS,
@@ -49,20 +50,24 @@ ATTRIBUTES = {
 
 
 @torch.no_grad()
-def make_pool(vae: AutoencoderKL, rng: random.Random, count: int) -> tuple[list, torch.Tensor]:
-    """Render and encode `count` training scenes.
+def encode_pictures(vae: AutoencoderKL, pictures: Iterable[Image.Image]) -> torch.Tensor:
+    """Encode pictures 16 at a time.
 
     Shapes: latents [count, 64 tokens, 64] bf16, normalised and packed as FluxPipeline packs them
     """
-    scenes = [sample_scene(rng) for _ in range(count)]
-    packed = []
-    for at in range(0, count, 16):
-        pictures = to_tensor([render(s, sample_jitter(rng)) for s in scenes[at : at + 16]])
+    packed, pictures = [], iter(pictures)
+    while batch := list(itertools.islice(pictures, 16)):
         with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(pictures).latent_dist.mean.float()
+            latents = vae.encode(to_tensor(batch)).latent_dist.mean.float()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         packed.append(FluxPipeline._pack_latents(latents, *latents.shape).to(torch.bfloat16))
-    return scenes, torch.cat(packed)
+    return torch.cat(packed)
+
+
+def make_pool(vae: AutoencoderKL, rng: random.Random, count: int) -> tuple[list, torch.Tensor]:
+    """Render and encode `count` training scenes."""
+    scenes = [sample_scene(rng) for _ in range(count)]
+    return scenes, encode_pictures(vae, (render(s, sample_jitter(rng)) for s in scenes))
 
 
 class TextEncoder:
@@ -131,6 +136,50 @@ def sample_sigmas(count: int, own_share: float = 0.5) -> torch.Tensor:
     return torch.where(place < own_share * count, own, smooth)
 
 
+def as_seen(sigma: torch.Tensor) -> torch.Tensor:
+    """Round half of the times t = 1000 sigma as a bf16 pipeline does; an fp32 one does not.
+
+    Shapes: [B]
+    """
+    rounded = sigma.mul(1000).bfloat16().div(1000).float()
+    return torch.where(torch.rand(len(sigma)) < 0.5, rounded, sigma)
+
+
+def predict(
+    transformer,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    pooled: torch.Tensor,
+    tokens: torch.Tensor,
+    reference: torch.Tensor | None = None,
+    guidance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Call the transformer as the pipelines do and return the velocity in float32.
+
+    A reference picture is appended as image tokens whose first RoPE position is 1.
+
+    Shapes: x, reference and result [B, 64 tokens, 64]; timestep and guidance [B];
+    pooled [B, 64]; tokens [B, length, 64]
+    """
+    side = int(x.shape[1] ** 0.5)
+    ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+    inputs = x
+    if reference is not None:
+        inputs = torch.cat([x, reference], dim=1)
+        ids = torch.cat([ids, ids + torch.tensor([1.0, 0.0, 0.0])])
+    velocity = transformer(
+        hidden_states=inputs,
+        timestep=timestep,
+        guidance=guidance,
+        pooled_projections=pooled,
+        encoder_hidden_states=tokens,
+        txt_ids=torch.zeros(tokens.shape[1], 3),
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+    return velocity[:, : x.shape[1]].float()
+
+
 def flow_loss(
     pipe: FluxPipeline, x0: torch.Tensor, captions: list[str], length: int, own_share: float = 0.5
 ) -> torch.Tensor:
@@ -141,23 +190,12 @@ def flow_loss(
     encode = TextEncoder(pipe)
     sigma, noise = sample_sigmas(len(x0), own_share), torch.randn_like(x0)
     mixed = x0 + sigma[:, None, None] * (noise - x0)
-    # A bf16 pipeline rounds t = 1000 sigma to 8 bits, an fp32 one does not: meet both.
-    rounded = sigma.mul(1000).bfloat16().div(1000).float()
-    timestep = torch.where(torch.rand(len(x0)) < 0.5, rounded, sigma)
-    side = int(x0.shape[1] ** 0.5)
-    velocity = pipe.transformer(
-        hidden_states=mixed,
-        timestep=timestep,
-        pooled_projections=encode.pooled(captions),
-        encoder_hidden_states=encode.tokens(captions, length),
-        txt_ids=torch.zeros(length, 3),
-        img_ids=FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32),
-        return_dict=False,
-    )[0]
-    return F.mse_loss(velocity.float(), noise - x0)
+    text = encode.pooled(captions), encode.tokens(captions, length)
+    return F.mse_loss(predict(pipe.transformer, mixed, as_seen(sigma), *text), noise - x0)
 
 
-def _is_matrix(name: str, p: nn.Parameter) -> bool:
+def is_matrix(name: str, p: nn.Parameter) -> bool:
+    """Say which parameters Muon updates: the matrices of blocks and layers."""
     return (
         p.ndim == 2
         and any(k in name for k in ("blocks.", "layers.", "block."))
@@ -171,7 +209,7 @@ def _work(rank: int, procs: int, vae: str, out: str, work: str, seed: int, plan:
     log = rank == 0
     pipe = build_pipeline(AutoencoderKL.from_pretrained(vae))
     pipe.vae.requires_grad_(False)
-    pool_file, checkpoint = Path(work) / f"pool{rank}of{procs}.pt", Path(work) / "flow.pt"
+    pool_file = Path(work) / f"pool{rank}of{procs}.pt"
     if pool_file.exists():
         scenes, pool = torch.load(pool_file, weights_only=False)
     else:
@@ -182,29 +220,21 @@ def _work(rank: int, procs: int, vae: str, out: str, work: str, seed: int, plan:
     trained = nn.ModuleDict(
         {"clip": pipe.text_encoder, "t5": pipe.text_encoder_2, "flow": pipe.transformer}
     )
-    begin = 0
+    checkpoint = Path(work) / "flow.pt"
     if not checkpoint.exists():
         # every process does the same here, from the same seed
         pretrain_text(pipe, random.Random(seed), plan["text"], log)
     optimiser = Optimiser(
-        trained.named_parameters(), lr=plan["lr"], muon_lr=plan["muon_lr"], use_muon=_is_matrix
+        trained.named_parameters(), lr=plan["lr"], muon_lr=plan["muon_lr"], use_muon=is_matrix
     )
-    average = Average(trained.parameters(), 0.999)
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        begin = state["step"]
-        trained.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.shadow, average.count = state["average"], begin
+    run = Run("flow", checkpoint, trained, optimiser)
     if plan["compile"]:  # 28 % less time per step; the blocks are compiled in place
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    rng.seed(seed * 1000 + begin * 10 + rank)
-    torch.manual_seed(seed * 1000 + begin * 10 + rank)
-    shared = random.Random(seed + begin)  # the text length is the same in all processes
+    shared = run.reseed(seed, rank, rng)
     # small shapes come out right last, so the second half draws them twice as often
     odds = list(itertools.accumulate(2 if scene.size == "small" else 1 for scene in scenes))
-    clock, losses = time.perf_counter(), []
-    for step in range(begin, plan["flow"]):
+
+    def loss(step: int) -> torch.Tensor:
         late = step >= plan["flow"] // 2
         texts = ALL_TEXTS if late else SHORT_TEXTS
         length = shared.choices(list(texts), list(texts.values()))[0]
@@ -214,33 +244,9 @@ def _work(rank: int, procs: int, vae: str, out: str, work: str, seed: int, plan:
             "" if rng.random() < EMPTY_CAPTIONS else caption(scenes[row], rng) for row in rows
         ]
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(pipe, pool[rows].float(), captions, length, 0.8 if late else 0.5)
-        loss.backward()
-        norm = optimiser.step(learning_rate_factor(step, plan["flow"]))
-        average.update()
-        losses.append(loss.item())
-        if log and step % 50 == 49:
-            seconds = (time.perf_counter() - clock) / len(losses)
-            print(
-                f"flow {step + 1}/{plan['flow']} loss {np.mean(losses):.4f} norm {norm:.2f} "
-                f"{seconds:.3f} s/step",
-                flush=True,
-            )
-            clock, losses = time.perf_counter(), []
-        if log and (
-            step + 1 == plan["flow"] or step % plan["save_every"] == plan["save_every"] - 1
-        ):
-            state = {
-                "step": step + 1,
-                "model": trained.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "average": average.shadow,
-            }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
-            average.swap()
-            save_bf16(pipe, Path(out))
-            average.swap()
+            return flow_loss(pipe, pool[rows].float(), captions, length, 0.8 if late else 0.5)
+
+    run.go(plan["flow"], loss, lambda: save_bf16(pipe, Path(out)), plan["save_every"], log)
 
 
 def train_flow(vae: Path, out: Path, work: Path, procs: int, seed: int, plan: dict) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 from transformers import CLIPTokenizer, T5TokenizerFast
 
+from .edits import instruction, sample_edit
 from .scenes import COLOURS, SHAPES, SIZES, caption, sample_scene
 
 CLIP_LENGTH, T5_LENGTH = 77, 512
@@ -22,10 +24,21 @@ EXTRA_WORDS = ("big", "tiny", "photo", "drawing", "shape", "colour", "upper", "l
 def caption_words() -> Counter:
     """Count the words of many captions, always the same ones."""
     rng = random.Random(0)
-    words = Counter({word: 1 for word in (*COLOURS, *SHAPES, *SIZES, *EXTRA_WORDS)})
-    for _ in range(5000):
-        text = caption(sample_scene(rng), rng).lower()
-        words.update(text.replace(",", " ").replace(".", " ").split())
+    texts = (caption(sample_scene(rng), rng) for _ in range(5000))
+    return _count(texts, (*COLOURS, *SHAPES, *SIZES, *EXTRA_WORDS))
+
+
+def edit_words() -> Counter:
+    """Count the words of captions and of many instructions, always the same ones."""
+    rng = random.Random(0)
+    edits = (sample_edit(rng) for _ in range(5000))
+    return caption_words() + _count((instruction(edit, rng) for edit in edits), ())
+
+
+def _count(texts: Iterable[str], at_least_once: Iterable[str]) -> Counter:
+    words = Counter({word: 1 for word in at_least_once})
+    for text in texts:
+        words.update(text.lower().replace(",", " ").replace(".", " ").split())
     return words
 
 
@@ -60,23 +73,24 @@ def learn_merges(words: Counter) -> list[tuple[str, str]]:
                 i += 1
 
 
-def build_clip_tokenizer() -> CLIPTokenizer:
+def build_clip_tokenizer(words: Counter) -> CLIPTokenizer:
     """Build the lower-casing byte-level tokenizer for 77 tokens."""
     letters = byte_alphabet()
-    merges = learn_merges(caption_words())
+    merges = learn_merges(words)
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(m) for m in merges)]
     tokens = [*list(dict.fromkeys(tokens)), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
 
 
-def build_t5_tokenizer() -> T5TokenizerFast:
+def build_t5_tokenizer(words: Counter) -> T5TokenizerFast:
     """Build the unigram tokenizer for up to 512 tokens."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import Unigram
 
-    words = sorted(caption_words())
-    cased = dict.fromkeys(f(w) for w in words for f in (str.lower, str.capitalize, str.upper))
+    cased = dict.fromkeys(
+        f(w) for w in sorted(words) for f in (str.lower, str.capitalize, str.upper)
+    )
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
     pieces += [("▁" + word, -2.0) for word in cased]
     pieces += [(chr(code), -8.0) for code in range(33, 127)]

@@ -1,0 +1,117 @@
+"""Edits: a scene, the scene it becomes, and the instruction that says so.
+
+The two scenes differ in one attribute and share one `Jitter`, so the edited picture has exactly
+one right answer: everything that the instruction does not name stays where it was, to the pixel.
+Both scenes of an edit come from the training triples, or both from the held-out ones.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from .scenes import (
+    COLOURS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    article,
+    held_out,
+    restyle,
+    sample_scene,
+)
+
+KINDS = {
+    "background": tuple(COLOURS),
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": SIZES,
+    "position": POSITIONS,
+}
+CENTRE = ("centre", "center", "middle")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change: `after` differs from `before` in the attribute `kind` alone."""
+
+    kind: str  # a key of KINDS
+    before: Scene
+    after: Scene
+
+
+def sample_edit(rng: random.Random, of_held_out: bool = False) -> Edit:
+    """Draw an edit between training triples, or between held-out ones."""
+    while True:
+        before, kind = sample_scene(rng, of_held_out), rng.choice(tuple(KINDS))
+        after = replace(before, **{kind: rng.choice(KINDS[kind])})
+        if after != before and after.colour != after.background and held_out(after) == of_held_out:
+            return Edit(kind, before, after)
+
+
+def instruction(edit: Edit, rng: random.Random) -> str:
+    """Write one of many wordings of an edit; all of them are read back by `obey`."""
+    old, new = edit.before, getattr(edit.after, edit.kind)
+    it = rng.choice(["it", f"the {old.shape}", f"the {old.colour} {old.shape}"])
+    if edit.kind == "background":
+        wordings = [f"make the background {new}"] * 2
+        wordings += [f"change the background to {new}", f"turn the background {new}"]
+        wordings += [f"put {it} on {article(new)} background"]
+    elif edit.kind == "colour":
+        colour = rng.choice(["colour", "color"])
+        wordings = [f"make {it} {new}"] * 2
+        wordings += [f"turn {it} {new}", f"paint {it} {new}"]
+        wordings += [f"change the {colour} of the {old.shape} to {new}"]
+    elif edit.kind == "shape":
+        wordings = [f"turn {it} into {article(new)}"] * 2
+        wordings += [f"make {it} {article(new)}", f"change {it} to {article(new)}"]
+        wordings += [f"replace {it} with {article(new)}"]
+    elif edit.kind == "size":
+        bigger = SIZES.index(new) > SIZES.index(old.size)
+        wordings = [f"make {it} {new}"] * 2
+        if abs(SIZES.index(new) - SIZES.index(old.size)) == 1:
+            wordings += [f"make {it} {'bigger' if bigger else 'smaller'}"]
+    else:
+        place = rng.choice(CENTRE) if new == "centre" else new
+        wordings = [f"move {it} to the {place}"] * 2
+        wordings += [f"put {it} {rng.choice(['at', 'in'])} the {place}"]
+    return restyle(rng.choice(wordings), rng)
+
+
+def obey(text: str, scene: Scene) -> Scene | None:
+    """Give the scene that an instruction makes of a scene; None when it names no edit."""
+    text = " ".join(re.findall(r"[a-z]+", text.lower()))
+    words = text.split()
+    colours = [word for word in words if word in COLOURS]
+    shapes = re.findall(rf"\ban? ({'|'.join(SHAPES)})\b", text)
+    size = next((word for word in words if word in SIZES), None)
+    row = next((word for word in words if word in ("top", "bottom")), "")
+    column = next((word for word in words if word in ("left", "right")), "")
+    if "background" in words:
+        return replace(scene, background=colours[-1]) if colours else None
+    if row or column or any(word in CENTRE for word in words):
+        return replace(scene, position=f"{row} {column}".strip() or "centre")
+    if shapes:
+        return replace(scene, shape=shapes[-1])
+    if "bigger" in words or "smaller" in words:
+        at = SIZES.index(scene.size) + (1 if "bigger" in words else -1)
+        return replace(scene, size=SIZES[min(max(at, 0), len(SIZES) - 1)])
+    if size:
+        return replace(scene, size=size)
+    return replace(scene, colour=colours[-1]) if colours else None
+
+
+def drift(edited: Image.Image, source: Image.Image, ideal: Image.Image) -> float:
+    """Measure how far an edit moved the pixels that the ideal edit leaves alone.
+
+    Shapes: three pictures of one size
+    Units: levels of 0..255, mean over pixels and channels
+    """
+    made, old, new = (np.asarray(i.convert("RGB"), np.float32) for i in (edited, source, ideal))
+    alone = np.abs(new - old).max(-1) < 1
+    return float(np.abs(made - new)[alone].mean())
