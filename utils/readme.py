@@ -13,10 +13,10 @@ from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-MACHINES = {
+MACHINES = {  # what `hardware.detect` finds there; tests go through it
     "H100, H200": Machine("cuda", "NVIDIA H200", (9, 0)),
     "L20, L40S, RTX 4090": Machine("cuda", "NVIDIA L40S", (8, 9)),
-    "A100": Machine("cuda", "NVIDIA A100", (8, 0)),
+    "A100": Machine("cuda", "NVIDIA A100-SXM4-80GB", (8, 0)),
     "B200": Machine("cuda", "NVIDIA B200", (10, 0)),
     "RTX 5090": Machine("cuda", "NVIDIA GeForce RTX 5090", (12, 0)),
     "V100, T4": Machine("cuda", "Tesla T4", (7, 5)),
@@ -50,29 +50,33 @@ class _Recorder:
         self.flags.append(name)
 
 
-def hardware() -> str:
-    """List what the steps choose on each kind of machine when every package is installed."""
+def choices(machine: Machine) -> tuple[str, ...]:
+    """Tell what the steps choose on a machine when every package is installed there."""
     import torch
 
-    from utils.steps import fa3, quant
+    from utils.steps import compile, fa3, quant
 
-    rows = []
-    for name, machine in MACHINES.items():
-        verdict = fa3.choose(machine, torch.bfloat16, probe=lambda backend, fp8: (backend, ""))
-        attention = f"{verdict.settings['backend']}, {verdict.settings['dtype']}"
-        args = Namespace(
-            machine=machine,
-            dtype=torch.bfloat16,
-            disable_quant=False,
-            quant_granularity="row",
-            quant_filter="blocks",
-        )
-        float8 = quant.check(args)
-        mode = "disabled" if machine.device == "cpu" else "export_aoti"
-        rows.append(
-            (name, attention, float8.settings["dtype"] if float8.is_on else "unavailable", mode)
-        )
-    return _table(("machine", "attention (`fa3`)", "linear (`quant`)", "default mode"), rows)
+    attention = fa3.choose(machine, torch.bfloat16, probe=lambda backend, fp8: (backend, ""))
+    args = Namespace(
+        machine=machine,
+        dtype=torch.bfloat16,
+        disable_quant=False,
+        quant_granularity="row",
+        quant_filter="blocks",
+    )
+    float8 = quant.check(args)
+    return (
+        f"{attention.settings['backend']}, {attention.settings['dtype']}",
+        float8.settings["dtype"] if float8.is_on else "unavailable",
+        compile.default_mode(machine, step_cache=False)[0],
+        "dynamic" if compile.dynamic(machine) else "static first",
+    )
+
+
+def hardware() -> str:
+    """List what is chosen on each kind of machine."""
+    header = ("machine", "attention (`fa3`)", "linear (`quant`)", "default mode", "compiled shapes")
+    return _table(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
 
 
 def measured() -> str:

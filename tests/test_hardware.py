@@ -1,0 +1,94 @@
+"""What is chosen on machines that are not here, through the detection that finds them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils import readme
+from utils.errors import UserError
+from utils.hardware import Machine, detect
+from utils.steps import compile
+
+GIB = 2**30
+FOUND = {  # what torch reports: name, capability, memory, ROCm
+    "NVIDIA H100 80GB HBM3": ((9, 0), 80, None),
+    "NVIDIA H200": ((9, 0), 141, None),
+    "NVIDIA L20": ((8, 9), 48, None),
+    "NVIDIA L40S": ((8, 9), 48, None),
+    "NVIDIA GeForce RTX 4090": ((8, 9), 24, None),
+    "NVIDIA A100-SXM4-80GB": ((8, 0), 80, None),
+    "NVIDIA B200": ((10, 0), 180, None),
+    "NVIDIA GeForce RTX 5090": ((12, 0), 32, None),
+    "Tesla T4": ((7, 5), 16, None),
+    "AMD Instinct MI300X": ((9, 4), 192, "7.0.51831"),
+}
+EXPECTED = {  # attention, linear, mode, shapes
+    "NVIDIA H100 80GB HBM3": ("fa3, fp8", "e4m3fn", "export_aoti", "static first"),
+    "NVIDIA H200": ("fa3, fp8", "e4m3fn", "export_aoti", "static first"),
+    "NVIDIA L20": ("fa2, bf16", "e4m3fn", "export_aoti", "static first"),
+    "NVIDIA L40S": ("fa2, bf16", "e4m3fn", "export_aoti", "static first"),
+    "NVIDIA GeForce RTX 4090": ("fa2, bf16", "e4m3fn", "export_aoti", "static first"),
+    "NVIDIA A100-SXM4-80GB": ("fa2, bf16", "unavailable", "export_aoti", "static first"),
+    "NVIDIA B200": ("sdpa_cudnn, bf16", "e4m3fn", "export_aoti", "static first"),
+    "NVIDIA GeForce RTX 5090": ("sdpa_cudnn, bf16", "e4m3fn", "export_aoti", "static first"),
+    "Tesla T4": ("sdpa, bf16", "unavailable", "export_aoti", "static first"),
+    "AMD Instinct MI300X": ("aiter, bf16", "e4m3fnuz", "compile", "dynamic"),
+}
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Give a function that makes torch report one GPU, or none."""
+
+    def report(name: str | None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(name is not None))
+        monkeypatch.setattr(torch.version, "hip", None)
+        if name is not None:
+            (major, minor), memory_gib, hip = FOUND[name]
+            properties = SimpleNamespace(
+                name=name, major=major, minor=minor, total_memory=memory_gib * GIB
+            )
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+            monkeypatch.setattr(torch.version, "hip", hip)
+
+    return report
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_chosen_on_each_gpu(name, found):
+    found(name)
+    machine = detect()
+    capability, memory_gib, hip = FOUND[name]
+    assert machine == Machine("cuda", name, capability, hip, memory_gib)
+    assert readme.choices(machine) == EXPECTED[name]
+    assert compile.default_mode(machine, step_cache=True)[0] == "compile"
+
+
+def test_what_is_chosen_without_a_gpu(found):
+    found(None)
+    machine = detect()
+    assert machine.device == "cpu" and machine.memory_gib > 0
+    expected = ("sdpa, bf16", "unavailable", "disabled", "static first")
+    assert readme.choices(machine) == expected
+    with pytest.raises(UserError, match="no CUDA device found"):
+        detect("cuda")
+
+
+def test_rocm_is_looked_at_before_the_capability(found):
+    """An MI300X reports 9.4, which would be a Hopper's."""
+    found("AMD Instinct MI300X")
+    machine = detect("cuda:0")
+    assert not machine.is_hopper and not machine.is_cuda
+    assert "ROCm" in machine.short()
+
+
+def test_the_readme_lists_machines_that_detection_finds(found):
+    by_choice = {}
+    for name in FOUND:
+        found(name)
+        by_choice.setdefault(detect().capability, set()).add(readme.choices(detect()))
+    for name, machine in readme.MACHINES.items():
+        if machine.device == "cuda":
+            assert by_choice[machine.capability] == {readme.choices(machine)}, name
