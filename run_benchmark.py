@@ -1,144 +1,96 @@
 """Time the stack, beside its quality and memory: python run_benchmark.py [--trace-file t.json.gz]
 
-The reference is the same pipeline, same seeds, before `optimize()` touched it (bf16 eager). Then
-the steps are applied, the run's own call warms everything up, and the timed runs follow; a
-recompilation inside one of them is an error. The last line of stdout is the result as JSON.
+One row by default; `--ladder` and `--leave_one_out` measure many, each in a process of its own. The
+last line of a row's stdout is the row as JSON.
 """
 
 import json
-import os
-import time
+import sys
 from pathlib import Path
 
 from utils.benchmark_utils import create_parser
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
 
 def parse_arguments():
     """Add what only the benchmark needs to the common parser."""
-    parser = create_parser("Measure speed, quality and memory of one set of steps.")
-    group = parser.add_argument_group("how to measure")
-    group.add_argument("--num_runs", type=int, default=10, help="timed runs")
-    group.add_argument(
-        "--num_warmup", type=int, default=2, help="runs of the same call before them"
+    parser = create_parser("Measure speed, quality and memory of one set of steps, or of many.")
+    add = parser.add_argument_group("how to measure").add_argument
+    add("--num_runs", type=int, default=10, help="timed runs")
+    add("--num_warmup", type=int, default=2, help="runs of the same call before them")
+    add("--quality_prompts", type=int, default=8, help="how many of the 8 prompts are compared")
+    add(
+        "--fp32_reference",
+        action="store_true",
+        help="compare latents with fp32 as well (always for the bundled checkpoints)",
     )
-    group.add_argument(
-        "--trace-file", default=None, help="Chrome trace of one more run; gzip if it ends in .gz"
+    add("--trace-file", help="Chrome trace of one more run; gzip if it ends in .gz")
+    add("--measure_ceilings", action="store_true", help="this machine's own peaks, not a sheet's")
+    add("--kernel_table", action="store_true", help="where the time of one more run goes")
+    add("--results", metavar="JSONL", help="append the rows here (series: results/<machine>.jsonl)")
+    add = parser.add_argument_group("series of rows, one process each").add_argument
+    add("--ladder", action="store_true", help="from bf16 eager, one step more in each row")
+    add("--leave_one_out", action="store_true", help="everything on but one step in each row")
+    add("--rows", metavar="A,B,C", help="only these rows of the series (fp32 only by this)")
+    add("--rounds", type=int, default=1, help="how often the rows take turns")
+    add = parser.add_argument_group("instead of measuring").add_argument
+    add(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="GPU",
+        help="FLUX block by block: FLOP, bytes, what bounds it (default: this GPU, or an H200)",
     )
+    add("--compare", nargs=2, metavar="JSONL", help="which rows changed beyond their spread")
     parser.set_defaults(output_file=None)
-    return parser.parse_args()
-
-
-def write_trace(path: Path, run) -> None:
-    """Profile one run and write its Chrome trace under a temporary name first."""
-    import torch
-
-    with torch.profiler.profile() as profile:
-        run()
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix decides about gzip
-    try:
-        profile.export_chrome_trace(str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def stage_seconds(regions: list[dict[str, list[float]]]) -> dict:
-    """Turn the clock's regions of every timed run into one spread per stage.
-
-    `postprocessing` contains `pil_conversion`; it is given without it. Units: seconds;
-    `denoising_step` is per step, every other stage per call.
-    """
-    from utils.benchmark_utils import Spread
-
-    def spread(title):
-        return Spread(tuple(s for run in regions for s in run.get(title, ())))
-
-    stages = {
-        title: spread(title)
-        for title in ("prompt_encoding", "denoising_step", "decoding", "pil_conversion")
-    }
-    post = zip(spread("postprocessing").samples, stages["pil_conversion"].samples, strict=True)
-    stages["postprocessing"] = Spread(tuple(whole - pil for whole, pil in post))
-    return stages
+    args = parser.parse_args()
+    if args.ladder and args.leave_one_out:
+        raise UserError("--ladder, --leave_one_out: expected one of them")
+    if args.rows and not (args.ladder or args.leave_one_out):
+        raise UserError("--rows: expected together with --ladder or --leave_one_out")
+    return args
 
 
 def main() -> None:
-    """Parse, check, load, reference, optimise, measure, compare, report."""
+    """Parse, then measure one row or a series of them."""
     args = parse_arguments()
-
     quiet_libraries()
-    from utils import card, quality
-    from utils.benchmark_utils import StageClock, annotate_pipeline, measure
-    from utils.memory import peak_memory, reset_peak_memory
-    from utils.pipeline_utils import generate, optimize
-    from utils.prepare import begin
-    from utils.steps.cache_dit import last_call
+    if args.compare:
+        from utils import compare
 
-    pipeline, load_s = begin(args)
-    reference = quality.run(pipeline, args)
+        sys.exit(compare.main(*args.compare))
+    if args.explain is not None:
+        from utils.explain import explain
 
-    start = time.perf_counter()
-    optimize(pipeline, args)
-    optimize_s = time.perf_counter() - start
+        print(explain(args, args.explain))
+        return
+    if args.ladder or args.leave_one_out:
+        from utils.series import run_series
 
-    clock = StageClock(args.device)
-    annotate_pipeline(pipeline, clock)
-    regions = []
-    reset_peak_memory(args.device)
-    total = measure(
-        lambda: generate(pipeline, args),
-        args.device,
-        args.num_runs,
-        args.num_warmup,
-        before_timed=clock.read,  # forget the warm-up's regions
-        after_run=lambda: regions.append(clock.read()),
-    )
-    memory = peak_memory(args.device)
-    result = quality.run(pipeline, args)
-    used = last_call(pipeline, args)
+        sys.exit(1 if run_series(args, sys.argv[1:]) else 0)
+
+    from utils import results, row
+    from utils.pipeline_utils import generate
+
+    if args.results:
+        results.append(Path(args.results), [])
+    found, pipeline, result = row.measure_row(args)
+    print(row.render(found))
     if args.trace_file:
-        write_trace(Path(args.trace_file), lambda: generate(pipeline, args))
+        row.write_trace(Path(args.trace_file), lambda: generate(pipeline, args))
+        print(f"trace       {args.trace_file}")
+    if args.kernel_table:
+        from utils import kernel_table
+
+        print(kernel_table.render(lambda: generate(pipeline, args), args.device))
     if args.output_file:
         from utils.images import save_images
 
-        save_images(result.images, args, used)
-
-    stages = stage_seconds(regions)
-    scores = quality.compare(result, reference)
-    worst = scores["psnr_db_worst"]
-    note = "  (random weights: the picture means nothing)" if args.random_weights else ""
-    print(f"load        {load_s:.2f} s, optimize and compile {optimize_s:.2f} s")
-    print(f"total       {total} s per call")
-    for title, spread in stages.items():
-        print(f"  {title:16s} {spread} s{' per step' if title == 'denoising_step' else ''}")
-    for line in card.step_cache(used):
-        print(line)
-    print("memory      " + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items()))
-    print(
-        f"quality     against {card.call(args)['dtype']} eager: PSNR "
-        + ("identical" if worst is None else f"{scores['psnr_db_mean']:.1f} dB (worst {worst:.1f})")
-        + f", latents' relative L2 error {scores['latents_relative_l2']:.2e}{note}"
-    )
-    if args.trace_file:
-        print(f"trace       {args.trace_file}")
-    row = {
-        "format": 1,
-        "command": card.command(),
-        "environment": card.environment(args),
-        "call": card.call(args),
-        "steps": card.plan_as_dict(args),
-        "step_cache": used,
-        "lossless": card.is_lossless(args),
-        "load_s": round(load_s, 3),
-        "optimize_s": round(optimize_s, 3),
-        "total_s": total.as_dict(),
-        "stages_s": {title: spread.as_dict() for title, spread in stages.items()},
-        "memory_gib": {name.removesuffix("_gib"): round(gib, 3) for name, gib in memory.items()},
-        "quality": scores | {"reference": f"{card.call(args)['dtype']} eager"},
-    }
-    print(json.dumps(row, ensure_ascii=False))
+        save_images(result.images, args, found["step_cache"])
+    if args.results:
+        results.append(Path(args.results), [found])
+    print(json.dumps(found, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ FULL="--compile_export_mode compile --compile_scope full"
 AOTI="--compile_export_mode export_aoti --cache-dir /tmp/packages"
 SCHNELL="--ckpt black-forest-labs/FLUX.1-schnell"
 DEV="--ckpt black-forest-labs/FLUX.1-dev"
+KONTEXT="--ckpt black-forest-labs/FLUX.1-Kontext-dev --image tiny_flux/samples.png"
+CACHE="--cache_dit_config cache_config.yaml"
 
 for part in "$@"; do
   case $part in
@@ -62,6 +64,14 @@ for part in "$@"; do
       row 150 eager $DEV $EAGER --num_runs 5
       row 150 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5
       row 150 fp8-blocks $DEV $BLOCKS --num_runs 5 ;;
+    dev-cache) # compiled blocks without graphs, reused steps; the pattern stands in the row
+      row 150 bf16-cache $DEV --disable_quant $CACHE --num_runs 5
+      row 150 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$OUT/dev-cache.json.gz" ;;
+    kontext)
+      row 150 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
+      row 150 lossless-blocks $KONTEXT --disable_quant $BLOCKS --num_runs 3 --num_warmup 1
+      row 150 fp8-blocks $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1
+      row 120 fp8-cache $KONTEXT $CACHE --num_runs 3 --num_warmup 1 ;;
     leave-one-out) # each step's own worth inside the fastest quick stack
       for flag in --disable_fused_projections --disable_fa3 --disable_channels_last \
         --disable_inductor_tuning_flags "--fa3_dtype bf16" "--quant_granularity tensor" \

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_args, optimized
+from test_cudagraph import RerunRecorder
 
 from tiny_flux.scenes import Scene, render
 from utils import quality
 from utils.calls import only_known_calls
+from utils.cudagraph import wrap_components
 from utils.errors import UserError
 from utils.pipeline_utils import generate
 
@@ -102,6 +104,23 @@ def test_a_batch_equals_its_single_images(model, flags_of, reference):
     for k, image in enumerate(batch):
         single = reference(*flags, "--prompt", args.prompt[k // 2], "--seed", str(k))
         assert quality.psnr_db(image, single.images[0]) > 50
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_copy_guidance_in(model, flags_of, reference):
+    """What a CUDA graph does with every input, with a stand-in that reruns instead of replaying."""
+    flags = flags_of(model)
+    pipeline, args = optimized(*flags)
+    recorder = RerunRecorder()
+    wrap_components(pipeline, recorder)
+    assert worst_db(generate(pipeline, args), reference(*flags).images) > 40
+    assert recorder.recorded == 2
+    if model != "tiny-schnell":
+        other = (*flags, "--guidance_scale", "1")
+        image = generate(pipeline, make_args("--device", "cpu", *other))
+        assert worst_db(image, reference(*other).images) > 40
+        assert worst_db(image, reference(*flags).images) < 45
+    assert recorder.recorded == 2  # another value of guidance is no other graph
 
 
 def changing_calls(model: str) -> list[tuple[str, ...]]:

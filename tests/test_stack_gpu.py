@@ -4,13 +4,17 @@ import pytest
 import torch
 from conftest import make_args
 
+from tiny_flux.scenes import Scene, render
 from utils import quality
+from utils.calls import only_known_calls
 from utils.pipeline_utils import generate, load_pipeline, optimize
+from utils.steps.cache_dit import last_call
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
+CACHE = "cache_config.yaml"
 RUN = (
     "--ckpt",
     "tiny-schnell",
@@ -50,6 +54,46 @@ def test_mode_against_eager(mode, float8, eager, tmp_path):
     assert psnr > (30 if float8 else 40), scores
     again = generate(pipeline, args)[0]
     assert again.tobytes() == result.images[0].tobytes()  # graphs replay the same
+
+
+@pytest.mark.parametrize("mode", ["compile", "export_aoti"])
+@pytest.mark.parametrize("model", ["tiny-schnell", "tiny-dev", "tiny-kontext"])
+def test_calls_may_change(model, mode, tmp_path):
+    """Sizes, batches and guidance, each through graphs of its own; nothing new when repeated."""
+    image = tmp_path / "in.png"
+    render(Scene("circle", "red", "blue")).save(image)
+    flags = ["--ckpt", model, "--device", "cuda", "--disable_quant", "--num_inference_steps", "4"]
+    flags += ["--image", str(image)] if model == "tiny-kontext" else []
+    calls = [[], ["--width", "160", "--height", "96"], ["--num_images_per_prompt", "3"]]
+    calls += [["--guidance_scale", "1.5"]] if model != "tiny-schnell" else []
+    calls = [make_args(*flags, *call) for call in calls]
+    plain = load_pipeline(calls[0])
+    torch._dynamo.reset()
+    where = ("--compile_export_mode", mode, "--cache-dir", str(tmp_path / "packages"))
+    args = make_args(*flags, *where)
+    pipeline = optimize(load_pipeline(args), args)
+    first = [generate(pipeline, call) for call in calls]
+    for call, images in zip(calls, first, strict=True):
+        for made, expected in zip(images, generate(plain, call), strict=True):
+            assert quality.psnr_db(made, expected) > 35
+    with only_known_calls():
+        for call, images in zip(calls, first, strict=True):
+            again = generate(pipeline, call)
+            assert [i.tobytes() for i in again] == [i.tobytes() for i in images]
+
+
+def test_a_step_cache_repeats_itself():
+    args = make_args("--ckpt", "tiny-dev", "--device", "cuda", "--cache_dit_config", CACHE)
+    torch._dynamo.reset()
+    pipeline = optimize(load_pipeline(args), args)
+    first = generate(pipeline, args)[0]
+    used = last_call(pipeline, args)
+    assert used["reused"]
+    with only_known_calls():
+        assert generate(pipeline, args)[0].tobytes() == first.tobytes()
+    assert last_call(pipeline, args) == used
+    plain = make_args("--ckpt", "tiny-dev", "--device", "cuda", "--disable_quant", "--disable_fa3")
+    assert quality.psnr_db(first, generate(load_pipeline(plain), plain)[0]) > 25
 
 
 def test_a_package_is_reused_by_the_next_run(tmp_path):

@@ -228,7 +228,7 @@ def save(root: Path, identity: dict, files: dict[str, bytes], constants: dict) -
             path = root / f"{name}-{digest[:8]}{suffix}"
             if not path.exists():
                 written.append(path)
-            _write(path, content)
+            write_atomically(path, content)
             entries[suffix] = {"name": path.name, "sha256": digest, "size": len(content)}
         manifest = {
             "format": FORMAT,
@@ -236,7 +236,7 @@ def save(root: Path, identity: dict, files: dict[str, bytes], constants: dict) -
             "constants": constants,
             "files": entries,
         }
-        _write(manifest_path, json.dumps(manifest, indent=1).encode())
+        write_atomically(manifest_path, json.dumps(manifest, indent=1).encode())
     except BaseException as error:  # Ctrl-C included: no file without a manifest stays behind
         for path in written:
             path.unlink(missing_ok=True)
@@ -251,7 +251,7 @@ def save(root: Path, identity: dict, files: dict[str, bytes], constants: dict) -
     return Package(name, paths, manifest["constants"])
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside the file, make it durable, and rename."""
     descriptor, temporary = tempfile.mkstemp(
         prefix=f".{path.name}.", suffix=".tmp", dir=path.parent

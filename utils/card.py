@@ -59,7 +59,7 @@ def is_lossless(args) -> bool:
 def environment(args) -> dict:
     """Collect the machine and the versions for the JSON line."""
     machine = args.machine
-    return {
+    found = {
         "device": machine.name,
         "capability": list(machine.capability) if machine.capability else None,
         "memory_gib": round(machine.memory_gib, 1),
@@ -67,6 +67,29 @@ def environment(args) -> dict:
         "versions": versions(),
         "commit": commit(),
     }
+    if state := gpu_state(args):
+        found |= {"driver": state["driver_version"], "power_limit_w": state["power.limit"]}
+    return found
+
+
+def gpu_state(args) -> dict:
+    """Ask nvidia-smi for what decides speed beside the code; empty where there is none.
+
+    Units: power.limit in W, clocks in MHz
+    """
+    if not args.machine.is_cuda:
+        return {}
+    fields = ("driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "temperature.gpu")
+    index = args.device.partition(":")[2] or "0"
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", f"--id={index}"]
+    try:
+        done = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 def call(args) -> dict:

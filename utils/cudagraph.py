@@ -156,8 +156,13 @@ def _static_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def wrap_components(pipeline, recorder: Recorder | None = None) -> None:
+def wrap_components(
+    pipeline, recorder: Recorder | None = None, with_transformer: bool = True
+) -> None:
     """Put the transformer's and the VAE decoder's forward into graphs that share one pool."""
     recorder = recorder or CUDARecorder()
-    for name, module in (("transformer", pipeline.transformer), ("decoder", pipeline.vae.decoder)):
+    components = {"transformer": pipeline.transformer, "decoder": pipeline.vae.decoder}
+    if not with_transformer:
+        del components["transformer"]
+    for name, module in components.items():
         module.forward = CUDAGraphWrapper(module.forward, name, recorder)

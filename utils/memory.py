@@ -1,4 +1,4 @@
-"""Peak memory of a run, on the device and on the host."""
+"""Memory of a run, on the device and on the host: peaks and weights."""
 
 
 def reset_peak_memory(device: str) -> None:
@@ -22,3 +22,25 @@ def peak_memory(device: str) -> dict[str, float]:
             "reserved_peak_gib": torch.cuda.max_memory_reserved() / 2**30,
         }
     return peaks
+
+
+def weights_gib(pipeline) -> float:
+    """Add up the storage of every parameter and buffer, each counted once. Units: GiB."""
+    import torch
+
+    storages = {}
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            for tensor in (*part.parameters(), *part.buffers()):
+                for plain in _plain_tensors(tensor):
+                    storage = plain.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values()) / 2**30
+
+
+def _plain_tensors(tensor) -> list:
+    """Look into tensor subclasses such as torchao's float8: data and scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]

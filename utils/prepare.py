@@ -23,7 +23,7 @@ def prepare(args) -> None:
 
     Raises: UserError with one line per problem.
     """
-    problems = [*_number_problems(args), *_path_problems(args)]
+    problems = [*number_problems(args), *_path_problems(args)]
     if problems:
         raise UserError("\n".join(problems))
     args.ckpt_is_default = args.ckpt is None
@@ -40,7 +40,7 @@ def prepare(args) -> None:
     _fill_in(args)
     if problems := _call_problems(args):
         raise UserError("\n".join(problems))
-    args.pil_image = _open_image(args)
+    args.pil_image = open_image(args)
     args.plan = _plan(args)
     if args.random_weights:
         _check_room(args)
@@ -66,7 +66,7 @@ def begin(args) -> tuple:
     return pipeline, load_s
 
 
-def _number_problems(args) -> list[str]:
+def number_problems(args) -> list[str]:
     problems = []
     for flag in ("height", "width"):
         value = getattr(args, flag)
@@ -79,6 +79,8 @@ def _number_problems(args) -> list[str]:
         ("num_images_per_prompt", 1),
         ("num_runs", 1),
         ("num_warmup", 0),
+        ("quality_prompts", 1),
+        ("rounds", 1),
         ("seed", 0),
     ):
         value = getattr(args, flag, None)
@@ -100,7 +102,7 @@ def _number_problems(args) -> list[str]:
 def _path_problems(args) -> list[str]:
     """Look at every file that the run will write, while it costs nothing."""
     problems = []
-    for flag in ("output_file", "trace_file"):
+    for flag in ("output_file", "trace_file", "results"):
         value = getattr(args, flag, None)
         if not value:
             continue
@@ -168,23 +170,23 @@ def _call_problems(args) -> list[str]:
     return problems
 
 
-def _open_image(args):
+def open_image(args):
     """Open and resize Kontext's image now, outside of anything that is timed.
 
     Returns: a PIL image (RGB) of the size that Kontext would give it, or None
     """
     if not args.image:
         return None
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(args.image) as opened:
-            image = opened.convert("RGB")
+            image = ImageOps.exif_transpose(opened).convert("RGB")  # phones store rotated pictures
     except UnidentifiedImageError:
         size = Path(args.image).stat().st_size
         raise UserError(f"--image {args.image}: not an image ({size} bytes found)") from None
-    except OSError as error:
-        why = error.strerror or error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for broken
+        why = getattr(error, "strerror", None) or error
         raise UserError(f"--image {args.image}: cannot be read ({why})") from None
     width, height = image.size
     if args.checkpoint.native_size >= 1024:  # trained at these sizes of about 1 Mpixel

@@ -1,6 +1,56 @@
-"""What the text encoders do not get to see."""
+"""The prompts that quality is measured on, and what the text encoders do not get to see."""
 
 import sys
+
+QUALITY = {  # what the checkpoint understands -> eight prompts
+    "tiny": (
+        "a red circle on a blue background",
+        "a large green square at the top left on a white background",
+        "a small yellow star at the bottom right on a purple background",
+        "an orange triangle on a black background",
+        "a large white heart at the top on a green background",
+        "a blue ring at the left on a yellow background",
+        "a purple diamond at the bottom on an orange background",
+        "a black cross at the right on a red background",
+    ),
+    "tiny edits": (
+        "make the background green",
+        "make the background black",
+        "turn it into a star",
+        "turn it into a square",
+        "make it yellow",
+        "make it small",
+        "make it large",
+        "move it to the top left",
+    ),
+    "pictures": (
+        "a lighthouse on a cliff at dawn, oil on canvas",
+        "a portrait of an old fisherman, natural light, 85 mm",
+        "a street market at night in the rain, neon signs reflected in puddles",
+        "an isometric cutaway of a watchmaker's workshop",
+        "a red fox asleep in fresh snow, close up",
+        "a shop window with the words OPEN LATE in gold letters",
+        "a glass of water with ice on a wooden table, hard shadow",
+        "a wide valley with a river and a tiny village, ink drawing",
+    ),
+    "edits": (
+        "make it night, with the lamp lit",
+        "make it winter, with snow on everything",
+        "turn it into a pencil drawing",
+        "turn it into a watercolour painting",
+        "make the sky red",
+        "remove the people",
+        "add a small boat in the foreground",
+        "make it look like an old photograph",
+    ),
+}
+
+
+def quality_prompts(args) -> list[str]:
+    """Choose the prompts of a checkpoint: its kind of task, in words that it understands."""
+    tiny, edits = args.checkpoint.source == "bundled", args.checkpoint.kind == "kontext"
+    key = ("tiny edits" if edits else "tiny") if tiny else ("edits" if edits else "pictures")
+    return list(QUALITY[key])
 
 
 def report_cut_prompts(pipeline, args) -> list[str]:

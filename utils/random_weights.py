@@ -60,7 +60,7 @@ SCHEDULER = {
 SCHEDULER["kontext"] = SCHEDULER["dev"]
 
 
-def _configs(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
+def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
     """Give the config of each component: a folder's own, or the published architecture."""
     if checkpoint.path is None:
         guided = checkpoint.defaults.guidance is not None
@@ -89,7 +89,7 @@ def modules(checkpoint: checkpoints.Checkpoint, dtype, device: str) -> dict:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    configs = _configs(checkpoint)
+    configs = configs_of(checkpoint)
     tokenizer, _ = _tokenizers(checkpoint.path)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     clip = CLIPTextConfig(**configs["text_encoder"] | ends)
@@ -130,7 +130,7 @@ def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
         _fill(part, generator)
     clip_tokenizer, t5_tokenizer = _tokenizers(checkpoint.path)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
-        _configs(checkpoint)["scheduler"]
+        configs_of(checkpoint)["scheduler"]
     )
     return getattr(diffusers, checkpoint.defaults.pipeline)(
         **parts, tokenizer=clip_tokenizer, tokenizer_2=t5_tokenizer, scheduler=scheduler

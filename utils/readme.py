@@ -3,14 +3,13 @@
 Each stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test fails when one is out of date.
 """
 
-import json
-import re
 from argparse import Namespace
 from pathlib import Path
 
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
+from utils.report import fill, measured
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MACHINES = {  # what `hardware.detect` finds there; tests go through it
@@ -25,7 +24,7 @@ MACHINES = {  # what `hardware.detect` finds there; tests go through it
 }
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -37,7 +36,7 @@ def steps() -> str:
         step.add_flags(_Recorder(flags := []))
         first = " ".join(step.__doc__.split("\n\n")[0].split())
         rows.append((f"`{step.NAME}`", first.rstrip("."), " ".join(f"`{f}`" for f in flags)))
-    return _table(("step", "what it does", "flags"), rows)
+    return table(("step", "what it does", "flags"), rows)
 
 
 class _Recorder:
@@ -76,54 +75,19 @@ def choices(machine: Machine) -> tuple[str, ...]:
 def hardware() -> str:
     """List what is chosen on each kind of machine."""
     header = ("machine", "attention (`fa3`)", "linear (`quant`)", "default mode", "compiled shapes")
-    return _table(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
-
-
-def measured() -> str:
-    """List every committed row: what was run, its speed, its quality and its memory."""
-    parts = []
-    for file in sorted((README.parent / "results").glob("*.jsonl")):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        where = rows[0]["environment"]
-        torch = where["versions"]["torch"]
-        parts.append(
-            f"{where['device']}, torch {torch} "
-            f"([results/{file.name}](results/{file.name})); median (min-max) of one call:\n\n"
-            + _table(
-                ("command", "seconds", "ready after", "PSNR, dB", "latents' error", "peak, GiB"),
-                [_measured_row(row) for row in rows],
-            )
-        )
-    return "\n\n".join(parts)
-
-
-def _measured_row(row: dict) -> tuple[str, ...]:
-    total, quality = row["total_s"], row["quality"]
-    psnr = quality["psnr_db_worst"]
-    memory = row["memory_gib"]
-    return (
-        f"`{row['command'].removeprefix('python ')}`",
-        f"{total['median']:.3f} ({total['min']:.3f}-{total['max']:.3f})",
-        f"{row['load_s'] + row['optimize_s']:.1f} s",
-        "identical" if psnr is None else f"{psnr:.1f}",
-        f"{quality['latents_relative_l2']:.1e}",
-        f"{memory.get('allocated_peak', memory['host_peak']):.2f}",
-    )
+    return table(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
 
 
 SECTIONS = {"steps": steps, "hardware": hardware, "measured": measured}
 
 
-def render(text: str) -> str:
+def render(text: str, sections: dict | None = None, where: str = "README") -> str:
     """Put every generated section into the text between its markers.
 
     Raises: ValueError if a marker is missing.
     """
-    for name, section in SECTIONS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"README: no markers for {name}")
-        text = pattern.sub(lambda found, s=section: found[1] + s() + "\n" + found[2], text)
+    for name, section in (sections or SECTIONS).items():
+        text = fill(text, name, section(), where)
     return text
 
 

@@ -113,10 +113,11 @@ def apply(pipeline, args) -> None:
     else:
         transformer.forward = torch.compile(transformer.forward, **how)
     decoder.forward = torch.compile(decoder.forward, **how)
-    if args.machine.device == "cuda" and not args.cache_dit_config:
+    if args.machine.device == "cuda":
         from utils.cudagraph import wrap_components
 
-        wrap_components(pipeline)
+        # a step cache decides in every step on the host, which no graph can record
+        wrap_components(pipeline, with_transformer=not args.cache_dit_config)
     say(NAME, f"the first call compiles (scope {args.compile_scope}); minutes at full size")
     with stages(NAME, 1) as stage:
         stage("compile and warm up")

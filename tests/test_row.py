@@ -1,0 +1,173 @@
+"""One row: the stored reference, what "lossless" has to keep, outliers, kernels, memory."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_args
+from PIL import Image
+
+from utils import kernel_table, quality, reference, row
+from utils.benchmark_utils import Spread
+from utils.memory import weights_gib
+from utils.pipeline_utils import generate, load_pipeline
+from utils.prompts import QUALITY, quality_prompts
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Give args and an untouched pipeline with a cache folder of their own."""
+    where = str(tmp_path_factory.mktemp("home") / "cache")
+    args = make_args("--device", "cpu", "--cache-dir", where)
+    return args, load_pipeline(args)
+
+
+def test_a_reference_is_made_once_and_read_back_bit_by_bit(run, monkeypatch):
+    args, pipeline = run
+    prompts = quality_prompts(args)[:2]
+    made, path = reference.load_or_make(pipeline, args, prompts, with_fp32=True)
+    monkeypatch.setattr(quality, "run", lambda *_: pytest.fail("made again"))
+    kept, again = reference.load_or_make(pipeline, args, prompts, with_fp32=True)
+    assert again == path and [p.name for p in path.parent.iterdir()] == [path.name]
+    for name in ("eager", "fp32"):
+        assert torch.equal(kept[name].latents, made[name].latents)
+        for a, b in zip(kept[name].images, made[name].images, strict=True):
+            assert a.tobytes() == b.tobytes()
+    assert kept["other_seed_psnr_db"] == made["other_seed_psnr_db"]
+    assert 15 < made["other_seed_psnr_db"] < 40
+
+
+def test_a_damaged_reference_is_made_again(run, capsys):
+    args, pipeline = run
+    prompts = quality_prompts(args)[:1]
+    made, path = reference.load_or_make(pipeline, args, prompts, with_fp32=False)
+    path.write_bytes(path.read_bytes()[:-100])
+    again, _ = reference.load_or_make(pipeline, args, prompts, with_fp32=False)
+    assert torch.equal(made["eager"].latents, again["eager"].latents)
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 3}, {"width": 160}, {"num_inference_steps": 2}, {"max_sequence_length": 32}],
+)
+def test_another_call_has_another_reference(run, change):
+    args, _ = run
+    other = copy.copy(args)
+    vars(other).update(change)
+    prompts = quality_prompts(args)
+    assert reference.identity_of(args, prompts, True) != reference.identity_of(other, prompts, True)
+    assert reference.identity_of(args, prompts, True) != reference.identity_of(
+        args, prompts[:3], True
+    )
+
+
+def test_scores_tell_a_damaged_picture_from_the_right_one(run):
+    args, pipeline = run
+    prompts = quality_prompts(args)[:2]
+    kept, _ = reference.load_or_make(pipeline, args, prompts, with_fp32=True)
+    same = reference.scores(kept["eager"], kept, args, prompts)
+    assert same["psnr_db_worst"] is None and same["identical_images"] == 2
+    assert same["ssim_worst"] == 1.0 and same["latents_cosine"] == pytest.approx(1.0)
+    assert same["fp32_relative_l2"] == same["eager_fp32_relative_l2"] > 1e-4
+    assert same["checker_right"] == 1.0
+    swapped = quality.Result(kept["eager"].images[::-1], kept["eager"].latents.flip(0))
+    wrong = reference.scores(swapped, kept, args, prompts)
+    assert wrong["psnr_db_worst"] < same["other_seed_psnr_db"]
+    assert wrong["ssim_worst"] < 0.9 and wrong["latents_cosine"] < 0.9
+    assert wrong["checker_right"] == 0.0
+
+
+def test_more_prompts_than_the_batch_go_through_in_calls_of_its_size(run):
+    args, pipeline = run
+    pair = copy.copy(args)
+    pair.prompt = ["a red circle on a blue background"] * 2
+    prompts = quality_prompts(args)[:3]
+    seen = []
+    handle = pipeline.transformer.register_forward_pre_hook(
+        lambda module, _, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    result = quality.run(pipeline, pair, prompts)
+    handle.remove()
+    assert len(result.images) == len(result.latents) == 3
+    assert set(seen) == {2}
+    single = copy.copy(args)
+    single.prompt, single.seed = [prompts[2]], args.seed + 2
+    assert quality.psnr_db(result.images[2], generate(pipeline, single)[0]) > 35
+
+
+def test_lossless_is_a_bound_not_a_word():
+    scores = {"fp32_relative_l2": 0.011, "eager_fp32_relative_l2": 0.01}
+    assert quality.lossless_problem(scores) == ""
+    scores["fp32_relative_l2"] = 0.013
+    assert "expected at most 1.25 times" in quality.lossless_problem(scores)
+    assert quality.lossless_problem({"fp32_relative_l2": None}) == ""
+
+
+def test_a_lossy_run_that_calls_itself_lossless_fails(tmp_path, monkeypatch, float8_on_cpu):
+    from utils.steps import Verdict, quant
+
+    check = quant.check
+    monkeypatch.setattr(
+        quant, "check", lambda args: Verdict("on", lossless=True, settings=check(args).settings)
+    )
+    flags = ("--cache-dir", str(tmp_path / "cache"), "--num_inference_steps", "4")
+    args = make_args("--device", "cpu", *flags)
+    vars(args).update(num_runs=1, num_warmup=0, quality_prompts=2, fp32_reference=False)
+    args.measure_ceilings = False
+    with pytest.raises(RuntimeError, match="called lossless, but its latents are"):
+        row.measure_row(args)
+
+
+def test_ssim_knows_equal_noisy_and_shifted():
+    gradient = Image.linear_gradient("L").convert("RGB")
+    noisy = Image.effect_noise((256, 256), 40).convert("RGB")
+    assert quality.ssim(gradient, gradient) == pytest.approx(1.0)
+    assert quality.ssim(gradient, Image.blend(gradient, noisy, 0.1)) > 0.3
+    assert quality.ssim(gradient, noisy) < 0.2
+
+
+def test_outliers_are_told_and_even_runs_are_not():
+    even = Spread((1.0, 1.01, 1.02, 1.0, 0.99, 1.01))
+    assert row.outliers(even) == []
+    (line,) = row.outliers(Spread((*even.samples, 2.0)))
+    assert "1 of 7 runs took far longer (up to 2 s)" in line and "--num_warmup" in line
+
+
+def test_gaps_and_groups_of_a_timeline():
+    spans = [("sm90_gemm", 0, 10), ("triton_poi_fused_mul", 10, 15), ("flash_fwd", 25, 45)]
+    spans += [("sm90_gemm", 45, 50), ("Memcpy DtoD", 46, 48)]  # two at once
+    kernels, idle, total = kernel_table.summarise(spans)
+    assert kernels["sm90_gemm"] == (pytest.approx(15e-6), 2)
+    assert idle == pytest.approx(10e-6) and total == pytest.approx(50e-6)
+    groups = {name: kernel_table.group_of(name) for name, _, _ in spans}
+    assert groups == {
+        "sm90_gemm": "linear",
+        "triton_poi_fused_mul": "norm and elementwise",
+        "flash_fwd": "attention",
+        "Memcpy DtoD": "copies",
+    }
+
+
+def test_the_kernel_table_of_a_real_call(run):
+    args, pipeline = run
+    text = kernel_table.render(lambda: generate(pipeline, args), "cpu")
+    assert "aten::addmm" in text and "linear" in text and "attention" in text
+
+
+def test_weights_are_counted_once(run):
+    _, pipeline = run
+    parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    expected = sum(t.numel() * t.element_size() for t in tensors) / 2**30
+    assert weights_gib(pipeline) == pytest.approx(expected, rel=0.01)
+
+
+def test_every_checkpoint_has_eight_prompts_in_its_own_words():
+    from tiny_flux.edits import obey
+    from tiny_flux.scenes import Scene, parse
+
+    assert all(len(set(prompts)) == 8 for prompts in QUALITY.values())
+    assert all(parse(prompt) is not None for prompt in QUALITY["tiny"])
+    before = Scene("circle", "red", "blue")
+    assert all(obey(prompt, before) not in (None, before) for prompt in QUALITY["tiny edits"])

@@ -1,0 +1,176 @@
+"""Ladder and leave-one-out: which rows, which commands, what interruptions and failures cost."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_args
+
+import run_benchmark
+from utils import card, results, series
+from utils.errors import UserError
+from utils.report_rows import read
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ("--device", "cpu", "--num_runs", "2", "--num_warmup", "0", "--quality_prompts", "1")
+
+
+def arguments(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", *flags])
+    return run_benchmark.parse_arguments()
+
+
+def test_the_ladder_turns_on_one_step_more_in_each_row(monkeypatch):
+    rows = series.ladder(arguments(monkeypatch, "--ladder"))
+    assert [row.name for row in rows] == [
+        "fp32",
+        "eager",
+        "+ fused_projections",
+        "+ fa3",
+        "+ channels_last",
+        "+ quant",
+        "+ compile",
+        "+ inductor_tuning_flags",
+        "export_aoti",
+    ]
+    before = None
+    for row in rows[1:-1]:
+        args = make_args("--device", "cpu", *row.flags)
+        on = {name for name, verdict in args.plan.items() if verdict.is_on}
+        if row.name == "eager":
+            assert not on
+        elif row.name != "+ quant":  # unavailable on a CPU
+            assert on - before == {row.step} and not before - on, row
+        before = on
+    assert make_args("--device", "cpu", *rows[-1].flags).plan["export_aoti"].is_on
+
+
+def test_a_step_cache_comes_where_its_settings_are_given(monkeypatch):
+    flags = ("--ladder", "--cache_dit_config", "cache_config.yaml")
+    rows = {row.name: row for row in series.ladder(arguments(monkeypatch, *flags))}
+    assert "export_aoti" not in rows
+    names = list(rows)
+    assert names.index("+ cache_dit") == names.index("+ channels_last") + 1
+    for name, row in rows.items():
+        plan = make_args("--device", "cpu", "--ckpt", "tiny-dev", *row.flags).plan
+        assert plan["cache_dit"].is_on == (names.index(name) >= names.index("+ cache_dit"))
+
+
+def test_leave_one_out_turns_one_off_in_each_row(monkeypatch):
+    flags = ("--leave_one_out", "--compile_export_mode", "compile")
+    rows = series.leave_one_out(arguments(monkeypatch, *flags))
+    on = {}
+    for row in rows:
+        plan = make_args("--device", "cpu", *row.flags).plan
+        on[row] = {name for name, verdict in plan.items() if verdict.is_on}
+    for row in rows[1:]:
+        lost = {row.step} - {"quant"}  # unavailable on a CPU
+        if row.step == "compile":
+            lost.add("inductor_tuning_flags")
+        assert on[rows[0]] - on[row] == lost, row
+
+
+def test_rows_are_picked_by_name(monkeypatch):
+    rows = series.ladder(arguments(monkeypatch, "--ladder"))
+    assert [row.name for row in series.choose(rows, "fa3, fp32,eager")] == [
+        "fp32",
+        "eager",
+        "+ fa3",
+    ]
+    assert "fp32" not in [row.name for row in series.choose(rows, None)]
+    with pytest.raises(UserError, match=r"--rows: unknown row 'warp' \(expected some of: fp32"):
+        series.choose(rows, "eager,warp")
+
+
+def test_a_row_keeps_what_was_typed_but_for_the_flags_of_the_series():
+    typed = "--ladder --rows eager,fa3 --ckpt tiny-dev --rounds=2 --results x.jsonl --num-runs 3"
+    assert series.common_flags(typed.split()) == ["--ckpt", "tiny-dev", "--num-runs", "3"]
+    typed = "--leave-one-out --compile-export-mode compile --cache-dit-config=c.yaml --seed 1"
+    assert series.common_flags(typed.split()) == ["--seed", "1"]
+
+
+def test_a_ladder_is_stored_row_by_row_and_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    flags = ("--ladder", "--rows", "eager,quant,fused_projections", "--results", str(path), *SHORT)
+    args = arguments(monkeypatch, *flags)
+    assert series.run_series(args, list(flags)) == 0
+    rows = read(path)
+    assert [(row["row"], row["position"]) for row in rows] == [
+        ("eager", 1),
+        ("+ fused_projections", 2),
+    ]
+    assert "+ quant: unavailable: float8 products need" in capsys.readouterr().out
+    for row in rows:
+        words = shlex.split(row["command"])
+        assert words[:2] == ["python", "run_benchmark.py"] and "--ladder" not in words
+        assert row["total_s"]["n"] == 2 and row["quality"]["images"] == 1
+    assert rows[0]["quality"]["psnr_db_worst"] is None  # eager is the reference
+    assert rows[0]["quality"]["fp32_relative_l2"] == rows[0]["quality"]["eager_fp32_relative_l2"]
+
+    # as if this tree were a clean commit, and the last row had been cut off by an interruption
+    for row in rows:
+        row["environment"]["commit"] = "clean"
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:100])
+    monkeypatch.setattr(card, "commit", lambda: "clean")
+    ran = []
+    monkeypatch.setattr(series, "_run", lambda words: ran.append(words) or dict(rows[1]))
+    assert series.run_series(args, list(flags)) == 0
+    assert len(ran) == 1 and shlex.split(rows[1]["command"])[2:] == ran[0]
+    output = capsys.readouterr()
+    assert "eager: kept from before" in output.out
+    assert [row["row"] for row in read(path)] == ["eager", "+ fused_projections"]
+    assert ":2: skipped: not JSON" in capsys.readouterr().err
+
+
+def test_a_failing_row_is_kept_with_its_reason(monkeypatch, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    flags = ("--ladder", "--rows", "eager,compile", "--results", str(path), *SHORT)
+    flags += ("--num_inference_steps", "1")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    command = [sys.executable, "run_benchmark.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    eager, failed = read(path)
+    assert eager["row"] == "eager" and "failed" not in eager
+    assert failed["row"] == "+ compile" and "no C++ compiler found" in failed["failed"]
+    assert failed["call"] == eager["call"]
+    assert "FAILED: exit code 2" in done.stdout
+
+
+def test_rounds_take_turns(monkeypatch, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    flags = ("--ladder", "--rows", "eager,fa3", "--rounds", "2", "--results", str(path), *SHORT)
+    args = arguments(monkeypatch, *flags)
+    spread = {"median": 1.0, "min": 1.0, "max": 1.0, "n": 1, "samples": [1.0]}
+    row = {"format": 2, "total_s": spread, "quality": {"psnr_db_worst": None}}
+    row |= {"call": {}, "environment": {}}
+    monkeypatch.setattr(series, "_run", lambda words: dict(row))
+    assert series.run_series(args, list(flags)) == 0
+    found = [(row["row"], row["round"]) for row in read(path)]
+    assert found == [("eager", 0), ("+ fa3", 0), ("eager", 1), ("+ fa3", 1)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--ladder", "--leave_one_out"), "expected one of them"),
+        (("--rows", "eager"), "--rows: expected together with --ladder or --leave_one_out"),
+        (("--ladder", "--rows", "warp"), "--rows: unknown row 'warp'"),
+        (("--ladder", "--results", "/no/such/folder/rows.jsonl"), "cannot be written"),
+        (("--results", "/no/such/folder/rows.jsonl"), "cannot be written (No such file"),
+        (("--rounds", "0"), "--rounds 0: expected 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(flags, expected):
+    command = [sys.executable, "run_benchmark.py", "--device", "cpu", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    assert expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path):
+    with pytest.raises(UserError, match="--results /dev/full: cannot be written"):
+        results.append(Path("/dev/full"), [{"command": "x"}])

@@ -1,0 +1,232 @@
+"""FLUX.1 block by block, as text: shapes, parameters, FLOP, bytes, and what bounds each layer.
+
+Arithmetic alone: no weights, no download, no GPU.
+"""
+
+import copy
+
+from utils import checkpoints
+from utils.errors import UserError
+from utils.hardware import Machine
+from utils.layers import Layer, total
+from utils.peaks import CARDS, Peaks, datasheet
+from utils.report_table import si, significant
+from utils.roofline import bound, elementwise_s, floor_s, main_bound, precision_of, times_s, work_of
+from utils.steps import Verdict, off, on
+from utils.work import STAGES, Work, image_tokens
+
+HEADER = (
+    "part",
+    "layer",
+    "n",
+    "shape",
+    "dtype",
+    "parameters",
+    "FLOP",
+    "bytes",
+    "FLOP/B",
+    "bound by",
+    "floor",
+)
+LEFT = ("part", "layer", "shape", "dtype", "bound by")
+COUNTED = """\
+A row is n equal layers. Shapes are rows x inputs -> outputs, for attention batch x heads x tokens x
+head. FLOP are those of products, 2 per multiply-add; bytes are weights, inputs and outputs, each
+once. The floor is the longer of FLOP at the dense peak and bytes at the memory's rate. Elementwise
+passes stand in brackets: a compiler may fuse them into the products, so no sum counts them, but as
+kernels of their own they cost what the brackets say."""
+
+
+def explain(args, machine: str = "", peaks: Peaks | None = None) -> str:
+    """Write FLUX.1 block by block for the checkpoint and the call of `args`, as parsed.
+
+    `machine` names one of utils/peaks.py; without it and without measured `peaks` it is this one's
+    GPU if its data sheet is known, else an H200. Default checkpoint: FLUX.1-schnell.
+
+    Raises: UserError for an unknown machine or checkpoint, and for a call that could not run.
+    """
+    where, peaks, why = _machine(args, machine, peaks)
+    args = _settle(args, where)
+    work, precision = work_of(args), precision_of(args)
+    return "\n\n".join(
+        [
+            _head(args, work, precision, peaks, why),
+            *(_component(name, work, peaks) for name in work.layers if work.layers[name]),
+            _stages(work, peaks),
+            COUNTED,
+        ]
+    )
+
+
+def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]:
+    """Find the machine to explain for, its rates, and why it is this one."""
+    if name:
+        known = {key.lower(): card for key, card in CARDS.items()}
+        if name.lower() not in known:
+            raise UserError(
+                f"--explain {name}: unknown machine (expected one of {', '.join(CARDS)})"
+            )
+        card = known[name.lower()]
+        return card.machine, card.peaks, "as named"
+    from utils.hardware import detect
+
+    here = detect(args.device)
+    if peaks is not None:
+        return here, peaks, "this machine, measured"
+    if found := datasheet(here):
+        return here, found, "this machine"
+    card = CARDS["H200"]
+    return card.machine, card.peaks, f"by default: no data sheet of {here.name} is known here"
+
+
+def _settle(args, machine: Machine):
+    """Do for a call on another machine what utils/prepare.py does for a run on this one."""
+    from utils.prepare import number_problems, open_image
+    from utils.steps import fa3, quant
+
+    if problems := number_problems(args):
+        raise UserError("\n".join(problems))
+    args = copy.copy(args)
+    args.ckpt = args.ckpt or checkpoints.DEFAULT_CKPT["cuda"]
+    published = args.ckpt in checkpoints.HUB_KINDS  # their configs are known: no need for the hub
+    args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights or published)
+    defaults, size = args.checkpoint.defaults, args.checkpoint.native_size
+    args.prompt = args.prompt or [args.checkpoint.prompt]
+    args.height, args.width = args.height or size, args.width or size
+    args.num_inference_steps = args.num_inference_steps or defaults.steps
+    args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
+    args.dtype = "torch.float32" if args.disable_bf16 else "torch.bfloat16"
+    args.pil_image = open_image(args) if defaults.takes_image else None
+    if defaults.takes_image and args.pil_image is None:
+        from PIL import Image
+
+        args.pil_image = Image.new("RGB", (size, size))
+
+    attention: Verdict = off("--disable_fa3")
+    if not args.disable_fa3:
+        attention = fa3.choose(
+            machine,
+            args.dtype,
+            args.disable_quant,
+            args.fa3_dtype,
+            args.attention_backend,
+            probe=lambda backend, fp8: (backend, ""),  # what would run if it were installed
+        )
+    if attention.state == "refused":
+        raise UserError(attention.reason)
+    float8 = not (args.disable_quant or args.disable_bf16 or quant.lacking(machine))
+    linear = on(filter=args.quant_filter) if float8 else off("no float8")
+    args.plan = {"fa3": attention, "quant": linear}
+    return args
+
+
+def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
+    from utils.random_weights import configs_of
+
+    call, vae = work.call, configs_of(args.checkpoint)["vae"]
+    tokens = str(image_tokens(vae, (call.height, call.width)))
+    if call.reference:
+        height, width = call.reference
+        assumed = "" if args.image else ", assumed"
+        tokens += f" + {image_tokens(vae, call.reference)} (--image of {width}x{height}{assumed})"
+    rates = ", ".join(f"{rate:.4g} {dtype}" for dtype, rate in peaks.tflop_per_s.items())
+    ridges = " and ".join(f"{peaks.ridge(dtype):.0f} ({dtype})" for dtype in peaks.tflop_per_s)
+    fast = {
+        "block linear layers": precision.linear,
+        "attention": precision.attention,
+        "all other linear layers": precision.other,
+    }
+    float8 = ", ".join(name for name, dtype in fast.items() if dtype)
+    return "\n".join(
+        [
+            f"checkpoint  {args.ckpt}, {args.checkpoint.kind}",
+            f"call        {call.width}x{call.height}, {call.images} image(s), {call.steps} steps",
+            f"tokens      {tokens} image, {call.text_tokens} text",
+            f"precision   {precision.base}" + (f"; float8: {float8}" if float8 else ""),
+            f"machine     {peaks.machine} ({why})",
+            f"rates       {rates} TFLOP/s, {peaks.tb_per_s:.3g} TB/s: {peaks.source}",
+            f"            bound by memory below {ridges} FLOP per byte",
+        ]
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """Write seconds with three digits in the unit that suits."""
+    if not seconds:
+        return "-"
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{significant(seconds * factor)} {unit}"
+    return ""
+
+
+def amount(value: float) -> str:
+    """Write a count with three digits and its prefix; "-" for none."""
+    if not value:
+        return "-"
+    return si(value, "").strip() if value >= 1e3 else f"{value:g}"
+
+
+def cells(layer: Layer, peaks: Peaks) -> dict[str, str]:
+    """Give a layer's row, by column."""
+    flop, moved = layer.flop * layer.count, layer.bytes * layer.count
+    times = times_s(layer, peaks)
+    floor = duration(None if times is None else max(times))
+    return {
+        "part": layer.part,
+        "layer": layer.name,
+        "n": str(layer.count),
+        "shape": layer.shape,
+        "dtype": layer.dtype,
+        "parameters": amount(layer.parameters * layer.count),
+        "FLOP": amount(flop),
+        "bytes": amount(moved),
+        "FLOP/B": significant(flop / moved) if flop else "-",
+        "bound by": bound(layer, peaks),
+        "floor": f"({floor})" if layer.kind == "elementwise" else floor,
+    }
+
+
+def _component(name: str, work: Work, peaks: Peaks) -> str:
+    layers = work.layers[name]
+    stage = next(stage for stage, parts in STAGES.items() if name in parts)
+    often = f"{work.call.steps} times a call" if work.runs(stage) > 1 else "once a call"
+    title = (
+        f"{name.upper().replace('_', ' ')}, {often}: {amount(total(layers, 'parameters'))} "
+        f"parameters, {amount(total(layers, 'flop'))} FLOP, floor "
+        f"{duration(floor_s(layers, peaks))}"
+    )
+    rows = [tuple(cells(layer, peaks).values()) for layer in layers]
+    return title + "\n" + aligned(HEADER, rows, LEFT)
+
+
+def _stages(work: Work, peaks: Peaks) -> str:
+    """Sum up the stages and the call."""
+    rows, sums = [], [0, 0.0, 0.0]
+    whole = [(work.runs(name), work.stage(name)) for name in STAGES]
+    floors = [floor_s(layers, peaks) for _, layers in whole]
+    call = None if None in floors else sum(n * f for (n, _), f in zip(whole, floors, strict=True))
+    for name, (runs, layers), floor in zip(STAGES, whole, floors, strict=True):
+        if layers:
+            flop, passes = total(layers, "flop"), elementwise_s(layers, peaks)
+            share = "-" if call is None else f"{100 * runs * floor / call:.1f} %"
+            row = (name, str(runs), amount(flop), duration(floor), main_bound(layers, peaks))
+            rows.append((*row, f"({duration(passes)})", share))
+            sums = [sums[0] + runs * flop, sums[1] + runs * passes]
+    rows.append(
+        ("call", "1", amount(sums[0]), duration(call), "", f"({duration(sums[1])})", "100 %")
+    )
+    header = ("stage", "n", "FLOP of one", "floor of one", "bound by", "elementwise", "of the call")
+    return aligned(header, rows, ("stage", "bound by"))
+
+
+def aligned(header: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...]) -> str:
+    """Set a table in columns; those named in `left` to the left, numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    out = []
+    for line in lines:
+        columns = zip(header, line, widths, strict=True)
+        text = (cell.ljust(w) if name in left else cell.rjust(w) for name, cell, w in columns)
+        out.append("  ".join(text).rstrip())
+    return "\n".join(out)

@@ -1,0 +1,154 @@
+"""The stored reference of a run: what plain diffusers makes of the same prompts and seeds.
+
+Every row of a benchmark is compared with the same pictures, so they are made once, by the untouched
+pipeline, and kept in the cache directory under a digest of all that decides them. bf16 eager is the
+reference of pictures; for latents it is a poor oracle (it rounds guidance * 1000 to 8 bits), so
+fp32 eager is kept too, and eager's own distance from it. Another seed's pictures give the scale.
+"""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+from utils import quality
+from utils.progress import say
+
+FORMAT = 1
+OTHER_SEED = 1000  # added to the seed; no row reaches that many images
+
+
+def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[dict, Path]:
+    """Give the reference of these prompts, made now if it is not kept yet.
+
+    `pipeline` must be untouched: plain diffusers in the run's own dtype.
+
+    Returns: {"eager": Result, "fp32": Result or None, "other_seed_psnr_db": float}, and its file.
+    """
+    from utils.artifacts import open_cache
+
+    identity = identity_of(args, prompts, with_fp32)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = open_cache(args.cache_dir) / f"reference-{digest}.safetensors"
+    if (found := _load(path, identity)) is not None:
+        return found, path
+    say("reference", f"plain diffusers, {len(prompts)} prompts, once; kept in {path.parent}")
+    eager = quality.run(pipeline, args, prompts)
+    other = copy.copy(args)
+    other.seed = args.seed + OTHER_SEED
+    seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
+    fp32 = _run_fp32(args, prompts) if with_fp32 else None
+    made = {"eager": eager, "fp32": fp32, "other_seed_psnr_db": seed_db}
+    _save(path, identity, made)
+    return made, path
+
+
+def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
+    """Collect all that decides the pictures of plain diffusers."""
+    from utils import card
+
+    call, versions = card.call(args), card.versions()
+    image = None
+    if args.pil_image is not None:
+        image = hashlib.sha256(args.pil_image.tobytes()).hexdigest()
+    return {
+        "format": FORMAT,
+        "weights": args.checkpoint.identity(),
+        "kind": args.checkpoint.kind,
+        "prompts": prompts,
+        "image": image,
+        "batch": len(args.prompt) * args.num_images_per_prompt,
+        "call": {key: value for key, value in call.items() if key not in ("prompt", "ckpt")},
+        "with_fp32": with_fp32,
+        "device": args.machine.name,
+        "versions": {key: versions.get(key) for key in ("torch", "diffusers", "transformers")},
+    }
+
+
+def _run_fp32(args, prompts: list[str]):
+    """Load the checkpoint once more in float32 and run it."""
+    import torch
+
+    from utils.pipeline_utils import load_pipeline
+
+    exact = copy.copy(args)
+    exact.dtype = torch.float32
+    return quality.run(load_pipeline(exact), exact, prompts)
+
+
+def _save(path: Path, identity: dict, made: dict) -> None:
+    """Write under a temporary name and rename: an interruption leaves nothing half-written."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save
+
+    from utils.artifacts import write_atomically
+
+    tensors = {}
+    for name in ("eager", "fp32"):
+        if made[name] is not None:
+            pixels = np.stack([np.asarray(image) for image in made[name].images])
+            tensors[f"{name}.images"] = torch.from_numpy(pixels)
+            tensors[f"{name}.latents"] = made[name].latents.contiguous()
+    about = {
+        "identity": json.dumps(identity, sort_keys=True),
+        "other_seed_psnr_db": json.dumps(made["other_seed_psnr_db"]),
+    }
+    write_atomically(path, save(tensors, metadata=about))
+
+
+def _load(path: Path, identity: dict) -> dict | None:
+    """Read a kept reference; None if there is none, it is damaged, or its identity is another."""
+    from PIL import Image
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    made = {"eager": None, "fp32": None}
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if json.loads(about.get("identity", "null")) != json.loads(json.dumps(identity)):
+                return None
+            for name in made:
+                if f"{name}.images" in file.keys():  # noqa: SIM118  not a dict
+                    pixels = file.get_tensor(f"{name}.images").numpy()
+                    images = [Image.fromarray(picture) for picture in pixels]
+                    made[name] = quality.Result(images, file.get_tensor(f"{name}.latents"))
+            made["other_seed_psnr_db"] = json.loads(about["other_seed_psnr_db"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        say("reference", f"{path.name} cannot be read ({error}) and is made again")
+        return None
+    return made
+
+
+def scores(result: quality.Result, reference: dict, args, prompts: list[str]) -> dict:
+    """Compare a row with the reference: pictures and latents against bf16 eager and fp32."""
+    eager, fp32 = reference["eager"], reference["fp32"]
+    found = {"prompts": len(prompts), **quality.compare(result, eager)}
+    found["other_seed_psnr_db"] = reference["other_seed_psnr_db"]
+    for name, value in (("fp32_relative_l2", result), ("eager_fp32_relative_l2", eager)):
+        found[name] = fp32 and quality.relative_l2(value.latents, fp32.latents)
+    found["checker_right"] = checker_share(result.images, args, prompts)
+    dtype = str(args.dtype).removeprefix("torch.")
+    found["reference"] = f"{dtype} eager" + (", fp32 eager" if fp32 else "")
+    return found
+
+
+def checker_share(images: list, args, prompts: list[str]) -> float | None:
+    """Count the pictures that show what their prompt says; None but for trained tiny ones."""
+    if args.checkpoint.source != "bundled" or args.random_weights:
+        return None
+    from tiny_flux.checker import check_image, read_image
+    from tiny_flux.edits import obey
+    from tiny_flux.scenes import parse
+
+    if args.checkpoint.kind == "kontext":
+        before = read_image(args.pil_image)
+        scenes = [before and obey(prompt, before.scene) for prompt in prompts]
+    else:
+        scenes = [parse(prompt) for prompt in prompts]
+    if None in scenes:
+        return None  # not in the language of the tiny checkpoints
+    right = [all(check_image(i, s).values()) for i, s in zip(images, scenes, strict=True)]
+    return sum(right) / len(right)

@@ -1,0 +1,232 @@
+"""Rows as tables: what a reader wants to see of a row, as text, for Markdown and HTML alike."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from utils.compare import is_identical, judge
+from utils.report_rows import distinct, get, name, samples
+from utils.report_series import Series
+
+MISSING = "-"
+LEGEND = (
+    "Seconds are the median of one call (min-max, number of timed runs), the speed-up is over the "
+    "row eager. PSNR and SSIM are those of the worst picture against bf16 eager with the same "
+    "seed; in brackets, how far that PSNR stands above the PSNR of another seed. The latents' "
+    "error is relative (L2), where it was measured from fp32, in brackets over bf16 eager's own; "
+    "lossless allows 1.25. Peak memory is the device's, on a CPU the process's. Over floor is the "
+    "time over the least that the machine's peak rates allow, MFU the share of its peak "
+    "arithmetic. Ready after is loading, optimising and compiling."
+)
+
+
+class Code(str):
+    """A cell to be set as code."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header and rows of cells of the same length."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def significant(value: float, digits: int = 3, like: float | None = None) -> str:
+    """Write 0.035287 as 0.0353 and 123.4 as 123; with the decimals that `like` would get."""
+    like = abs(value if like is None else like)
+    decimals = 0 if like == 0 else max(0, digits - 1 - math.floor(math.log10(like)))
+    return f"{value:.{min(decimals, 12)}f}"
+
+
+def si(value: float | None, unit: str) -> str:
+    """Write 74.4e12 FLOP as 74.4 TFLOP."""
+    if value is None:
+        return MISSING
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if abs(value) >= factor:
+            return f"{significant(value / factor)} {prefix}{unit}"
+    return f"{significant(value / 1e3)} k{unit}"
+
+
+def spread(times: dict | None, unit: float = 1.0, with_n: bool = True) -> str:
+    """Write median (min-max, n)."""
+    if not times or None in (times.get("median"), times.get("min"), times.get("max")):
+        return MISSING
+    median = times["median"] * unit
+    low, mid, high = (significant(times[k] * unit, like=median) for k in ("min", "median", "max"))
+    n = f", n {times['n']:g}" if with_n and times.get("n") is not None else ""
+    return f"{mid} ({low}-{high}{n})"
+
+
+def _seconds(row: dict) -> str:
+    return (
+        f"failed: {' '.join(row['failed'].split())}"
+        if row.get("failed")
+        else spread(row["total_s"])
+    )
+
+
+def ratio(row: dict, base: dict | None) -> float | None:
+    """Give how many times faster than the base a row is."""
+    if base is None or row.get("failed"):
+        return None
+    return base["total_s"]["median"] / row["total_s"]["median"]
+
+
+def _worth(row: dict, base: dict | None) -> str:
+    """Say what the step that a row leaves out is worth: the time that its absence costs."""
+    if base is None or row is base or row.get("failed"):
+        return MISSING
+    with_it, without = base["total_s"]["median"], row["total_s"]["median"]
+    text = f"{without - with_it:+.{_decimals(with_it)}f} s, {without / with_it:.2f}x"
+    verdict = judge(samples(base), samples(row)).verdict
+    notes = {"unchanged": " (within the spread)", "cannot tell": " (too few runs to tell)"}
+    return text + notes.get(verdict, "")
+
+
+def _decimals(value: float) -> int:
+    return len(significant(value).partition(".")[2])
+
+
+def _psnr(row: dict) -> str:
+    quality = row.get("quality") or {}
+    worst, other, ssim = (
+        quality.get(k) for k in ("psnr_db_worst", "other_seed_psnr_db", "ssim_worst")
+    )
+    if is_identical(quality):
+        return "identical"
+    if worst is None:
+        return MISSING
+    above = "" if other is None else f" ({worst - other:+.0f})"
+    return f"{worst:.1f}{above}" + ("" if ssim is None else f" / {ssim:.4f}")
+
+
+def _latents(row: dict) -> str:
+    exact, eager, relative = (
+        get(row, "quality", k)
+        for k in ("fp32_relative_l2", "eager_fp32_relative_l2", "latents_relative_l2")
+    )
+    if exact is not None:
+        over = f" ({exact / eager:.2f}x)" if eager else ""
+        return f"{exact:.1e}{over}"
+    return MISSING if relative is None else f"{relative:.1e} from eager"
+
+
+def _checker(row: dict) -> str:
+    right = get(row, "quality", "checker_right")
+    return MISSING if right is None else f"{100 * right:.0f} %"
+
+
+def loss(row: dict) -> str:
+    """Say whether a row is lossless or lossy."""
+    return {True: "lossless", False: "lossy"}.get(row.get("lossless"), MISSING)
+
+
+def peak_gib(row: dict) -> float | None:
+    """Give the peak on the device; where there is none, the process's. Units: GiB."""
+    memory = row.get("memory_gib") or {}
+    found = (memory.get("allocated_peak"), memory.get("host_peak"))
+    return next((gib for gib in found if gib is not None), None)
+
+
+def _peak(row: dict) -> str:
+    gib = peak_gib(row)
+    return MISSING if gib is None else f"{gib:.2f}"
+
+
+def _floor(row: dict) -> str:
+    over, mfu = (get(row, "roofline", "call", k) for k in ("time_over_floor", "mfu"))
+    parts = [f"{over:.2f}x"] if over is not None else []
+    parts += [f"{100 * mfu:.0f} %"] if mfu is not None else []
+    return " / ".join(parts) or MISSING
+
+
+def _ready(row: dict) -> str:
+    load, optimize = row.get("load_s"), row.get("optimize_s")
+    return MISSING if None in (load, optimize) else f"{load + optimize:.1f} s"
+
+
+def table(series: Series) -> Table:
+    """Put a series into a table; columns of which no row knows anything are left out."""
+    if series.kind == "single":
+        return _single(series)
+
+    def speedup(row: dict) -> str:
+        times = ratio(row, series.base)
+        return MISSING if times is None else f"{times:.2f}x"
+
+    columns: list[tuple[str, Callable[[dict], str]]] = [
+        ("row", name),
+        ("seconds", _seconds),
+        ("speed-up", speedup)
+        if series.kind == "ladder"
+        else ("worth of the step", lambda row: _worth(row, series.base)),
+        ("PSNR, dB / SSIM", _psnr),
+        ("latents' error", _latents),
+        ("checker", _checker),
+        ("picture", loss),
+        ("peak, GiB", _peak),
+        ("over floor / MFU", _floor),
+        ("ready after", _ready),
+    ]
+    filled = [(title, [cell(row) for row in series.rows]) for title, cell in columns]
+    filled = [(title, cells) for title, cells in filled if any(c != MISSING for c in cells)]
+    rows = zip(*(cells for _, cells in filled), strict=True)
+    return Table(tuple(title for title, _ in filled), tuple(rows))
+
+
+def _single(series: Series) -> Table:
+    """Keep single runs as they have always been shown: their command names them."""
+
+    def psnr(row: dict) -> str:
+        worst = get(row, "quality", "psnr_db_worst")
+        return _psnr(row) if worst is None else f"{worst:.1f}"
+
+    def seconds(row: dict) -> str:
+        if row.get("failed"):
+            return _seconds(row)
+        return "{median:.3f} ({min:.3f}-{max:.3f})".format(**row["total_s"])
+
+    def error(row: dict) -> str:
+        found = get(row, "quality", "latents_relative_l2")
+        return MISSING if found is None else f"{found:.1e}"
+
+    header = ("command", "seconds", "ready after", "PSNR, dB", "latents' error", "peak, GiB")
+    rows = []
+    for row in series.rows:
+        command = Code(name({**row, "row": None}))
+        rows.append((command, seconds(row), _ready(row), psnr(row), error(row), _peak(row)))
+    return Table(header, tuple(rows))
+
+
+def title(series: Series) -> str:
+    """Say what a series is."""
+    kinds = {
+        "ladder": "Ladder, one step more per row: ",
+        "leave_one_out": "Everything on but one step: ",
+        "single": "Single runs",
+    }
+    return kinds[series.kind] + series.call
+
+
+def notes(series: Series) -> list[str]:
+    """Say what a reader has to know about some of the rows."""
+    found = {}
+    for row in series.rows:
+        if source := get(row, "quality", "quality_source"):
+            found.setdefault(f"quality measured elsewhere: {source}", []).append(name(row))
+        elif get(row, "call", "random_weights"):
+            found.setdefault("random weights, the pictures mean nothing", []).append(name(row))
+        if failed := row.get("failed_rounds"):
+            said = f"{len(failed)} of {row['rounds']} rounds failed: {failed[-1]}"
+            found.setdefault(said, []).append(name(row))
+    if series.kind != "single" and len(distinct(series.rows, "environment", "commit")) > 1:
+        for row in series.rows:
+            commit = get(row, "environment", "commit") or "unknown"
+            found.setdefault(f"measured at commit {commit}", []).append(name(row))
+    every = len(series.rows)
+    return [
+        f"{'All rows' if len(names) == every else ', '.join(names)}: {' '.join(text.split())}."
+        for text, names in found.items()
+    ]

@@ -1,0 +1,245 @@
+"""Series of rows, the ladder and leave-one-out: one process per row, so that none disturbs another.
+
+The ladder turns the steps on one after the other, from plain diffusers in bf16 to everything;
+leave-one-out has everything on but one. Each row is a command of its own, printed and stored. Rows
+are appended as they come, so an interruption costs the row that was running: the same command goes
+on where the last one stopped. With several rounds the rows take turns (A B C A B C), so that a
+machine that drifts favours none.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.report_rows import read
+from utils.results import append
+
+SCRIPT = Path(__file__).resolve().parent.parent / "run_benchmark.py"
+OWN_FLAGS = {"--ladder": 0, "--leave_one_out": 0, "--rows": 1, "--rounds": 1, "--results": 1}
+MODES = ("compile", "export_aoti")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One command of a series."""
+
+    name: str
+    flags: tuple[str, ...]
+    step: str | None = None  # the step that the row is about: without it the row is skipped
+
+
+def toggles(args) -> list[str]:
+    """List the steps that have a --disable_ flag, in their order."""
+    from utils.pipeline_utils import STEPS
+
+    return [step.NAME for step in STEPS if hasattr(args, f"disable_{step.NAME}")]
+
+
+def ladder(args) -> list[Row]:
+    """List the rows from bf16 eager to everything on; fp32 comes only by --rows.
+
+    Inductor's flags need a compiler, so they come after it; a step cache only if its settings are
+    given, and then nothing can be exported.
+    """
+    off = {name: f"--disable_{name}" for name in toggles(args)}
+    eager = ("--compile_export_mode", "disabled")
+    cached = args.cache_dit_config
+    rows = [Row("fp32", ("--disable_bf16", *off.values(), *eager)), Row("eager", ())]
+    order = [name for name in off if name != "inductor_tuning_flags"]
+    if cached:
+        order.insert(order.index("quant"), "cache_dit")
+    for name in order:
+        off.pop(name, None)
+        rows.append(Row(f"+ {name}", (*off.values(), *eager), name))
+    rows[1] = Row("eager", tuple(f"--disable_{name}" for name in toggles(args)) + eager)
+    rows.append(Row("+ compile", (*off.values(), "--compile_export_mode", "compile"), "compile"))
+    rows.append(
+        Row(
+            "+ inductor_tuning_flags",
+            ("--compile_export_mode", "compile"),
+            "inductor_tuning_flags",
+        )
+    )
+    if not cached:
+        rows.append(Row("export_aoti", ("--compile_export_mode", "export_aoti"), "export_aoti"))
+    settings = ("--cache_dit_config", cached) if cached else ()
+    begun = False
+    for at, row in enumerate(rows):
+        begun = begun or row.name == "+ cache_dit"
+        rows[at] = Row(row.name, row.flags + (settings if begun else ()), row.step)
+    return rows
+
+
+def leave_one_out(args) -> list[Row]:
+    """List everything on, then everything but each step."""
+    mode = args.compile_export_mode or ("compile" if args.cache_dit_config else "export_aoti")
+    mode_flags = ("--compile_export_mode", mode)
+    settings = ("--cache_dit_config", args.cache_dit_config) if args.cache_dit_config else ()
+    rows = [Row("everything", (*mode_flags, *settings))]
+    rows += [
+        Row(f"without {name}", (f"--disable_{name}", *mode_flags, *settings), name)
+        for name in toggles(args)
+    ]
+    if settings:
+        rows.append(Row("without cache_dit", mode_flags, "cache_dit"))
+    if mode in MODES:
+        rows.append(Row(f"without {mode}", ("--compile_export_mode", "disabled", *settings), mode))
+    return rows
+
+
+def choose(rows: list[Row], wanted: str | None) -> list[Row]:
+    """Pick rows by name, given as a comma-separated list; all but fp32 when none is given.
+
+    Raises: UserError naming an unknown row.
+    """
+    if wanted is None:
+        return [row for row in rows if row.name != "fp32"]
+    known = {row.name: row for row in rows} | {row.name.removeprefix("+ "): row for row in rows}
+    names = [name.strip() for name in wanted.split(",")]
+    for name in names:
+        if name not in known:
+            listed = ", ".join(row.name for row in rows)
+            raise UserError(f"--rows: unknown row {name!r} (expected some of: {listed})")
+    return [row for row in rows if row in [known[name] for name in names]]
+
+
+def common_flags(argv: list[str]) -> list[str]:
+    """Give what was typed without the flags of the series and those that every row sets itself."""
+    own = OWN_FLAGS | {"--compile_export_mode": 1, "--cache_dit_config": 1}
+    own = {flag.replace("_", "-"): count for flag, count in own.items()}
+    kept, skip = [], 0
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        count = own.get(flag.replace("_", "-")) if word.startswith("--") else None
+        if skip:
+            skip -= 1
+        elif count is not None:
+            skip = 0 if equals else count
+        else:
+            kept.append(word)
+    return kept
+
+
+def run_series(args, argv: list[str]) -> int:
+    """Run every row in a process of its own and append what comes back to the results file.
+
+    Returns: how many rows failed
+    Raises: UserError for an unknown row or a results file that cannot be written.
+    """
+    name = "ladder" if args.ladder else "leave_one_out"
+    listed = (ladder if args.ladder else leave_one_out)(args)
+    rows = choose(listed, args.rows)
+    path = results_path(args)
+    append(path, [])  # said before anything slow
+    common, failed, about = common_flags(argv), 0, {}
+    states = {row: state(row, common) for row in rows}
+    for turn in range(args.rounds):
+        done = _finished(path, turn)
+        for row in rows:
+            words = [*common, *row.flags]
+            command = _command(words)
+            if states[row]:
+                if turn == 0:
+                    print(f"--  {row.name}: {states[row]}", flush=True)
+                continue
+            if command in done:
+                print(f"ok  {row.name}: kept from before, in {path}", flush=True)
+                continue
+            print(f"... {row.name}: {command}", flush=True)
+            start = time.perf_counter()
+            found = _run(words)
+            found |= {"row": row.name, "series": name, "position": listed.index(row), "round": turn}
+            found["command"] = command
+            if found.get("failed"):
+                found |= about  # what the other rows of this series say of call and machine
+            else:
+                about = {key: found[key] for key in ("call", "environment")}
+            append(path, [found])
+            failed += bool(found.get("failed"))
+            print(f"    {_summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"rows are in {path}; python -m utils.report renders them")
+    return failed
+
+
+def results_path(args) -> Path:
+    """Name the results file: --results, or results/<machine>.jsonl."""
+    if args.results:
+        return Path(args.results)
+    from utils.hardware import detect
+
+    machine = detect(args.device)
+    words = "".join(c if c.isalnum() else " " for c in machine.name.lower()).split()
+    skipped = ("nvidia", "amd", "instinct", "geforce", "r", "tm", "intel", "processor", "cpu")
+    return SCRIPT.parent / "results" / ("-".join(w for w in words if w not in skipped) + ".jsonl")
+
+
+def state(row: Row, common: list[str]) -> str:
+    """Say why a row says nothing new here: its step is unavailable or refused; "" if it runs."""
+    if row.step is None:
+        return ""
+    from utils.benchmark_utils import create_parser
+    from utils.prepare import prepare
+
+    flags = [flag for flag in row.flags if flag != f"--disable_{row.step}"]
+    if row.name.startswith("without") and row.step in MODES:
+        flags = []
+    args = create_parser().parse_known_args([*common, *flags])[0]
+    try:
+        prepare(args)
+    except UserError:
+        return ""  # the row itself will say it, and be stored as failed
+    verdict = args.plan[row.step]
+    return f"{verdict.state}: {verdict.reason}" if verdict.state == "unavailable" else ""
+
+
+def _command(words: list[str]) -> str:
+    import shlex
+
+    return shlex.join(["python", SCRIPT.name, *words])
+
+
+def _finished(path: Path, turn: int) -> set[str]:
+    """List the commands whose rows this very code has measured already."""
+    from utils import card
+
+    now = card.commit()
+    if now.endswith("-dirty") or not path.exists():
+        return set()
+    return {
+        row["command"]
+        for row in read(path)
+        if not row.get("failed")
+        and row.get("environment", {}).get("commit") == now
+        and row.get("round", 0) == turn
+    }
+
+
+def _run(words: list[str]) -> dict:
+    """Run one row; a row that fails is a row with its reason."""
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), *words], cwd=SCRIPT.parent, capture_output=True, text=True
+    )
+    lines = process.stdout.strip().splitlines()
+    if process.returncode == 0 and lines:
+        try:
+            return json.loads(lines[-1])
+        except ValueError:
+            return {"format": 2, "failed": "the last line of its output is no JSON"}
+    if process.returncode in (-2, 130):
+        raise KeyboardInterrupt
+    errors = [line for line in process.stderr.strip().splitlines() if line.strip()]
+    reason = errors[-1] if errors else "no output"
+    return {"format": 2, "failed": f"exit code {process.returncode}: {reason[:300]}"}
+
+
+def _summary(row: dict) -> str:
+    if row.get("failed"):
+        return f"FAILED: {row['failed']}"
+    total, scores = row["total_s"], row["quality"]
+    worst = scores["psnr_db_worst"]
+    quality = "identical" if worst is None else f"{worst:.1f} dB"
+    return f"{total['median']:.4g} s ({total['min']:.4g}-{total['max']:.4g}), {quality}"

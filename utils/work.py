@@ -1,0 +1,326 @@
+"""The layers of FLUX.1's networks in the order in which they run, from their configs alone.
+
+Written down once more instead of traced, so that every number is there in milliseconds, without
+torch and without weights; a test compares it with `torch.utils.flop_counter` on the real modules.
+What is counted is told in utils/layers.py.
+
+Source: diffusers 0.42 (transformer_flux.py, vae.py), transformers 5 (modeling_t5.py,
+modeling_clip.py).
+"""
+
+from dataclasses import dataclass
+
+from utils.layers import (
+    Layer,
+    Precision,
+    attention,
+    convolution,
+    elementwise,
+    linear,
+    lookup,
+    modulation,
+    place,
+)
+
+STAGES = {  # as run_benchmark.py names them -> what runs in it
+    "prompt_encoding": ("clip", "t5"),
+    "image_encoding": ("vae_encoder",),  # Kontext's image; not timed as a stage of its own
+    "denoising_step": ("transformer",),
+    "decoding": ("vae_decoder",),
+}
+TRANSFORMER = {  # FluxTransformer2DModel's own defaults: FLUX.1's sizes
+    "in_channels": 64,
+    "out_channels": None,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+}
+MLP_RATIO = 4  # of the transformer's blocks; not in its config
+SINUSOID = 256  # channels of timestep and guidance before their MLPs; not in its config
+
+
+@dataclass(frozen=True)
+class Call:
+    """The shapes of one call of the pipeline."""
+
+    height: int  # pixels
+    width: int
+    text_tokens: int
+    steps: int
+    prompts: int = 1
+    images: int = 1  # of all prompts together
+    reference: tuple[int, int] | None = None  # height and width of Kontext's image, pixels
+
+
+@dataclass(frozen=True)
+class Work:
+    """Every layer of a call, by component; a component without work (no image to encode) is ()."""
+
+    call: Call
+    layers: dict[str, tuple[Layer, ...]]
+
+    def stage(self, name: str) -> list[Layer]:
+        """Give the layers of one run of a stage (one step of denoising_step)."""
+        return [layer for component in STAGES[name] for layer in self.layers[component]]
+
+    def runs(self, name: str) -> int:
+        """Say how often a stage runs in the call."""
+        return self.call.steps if name == "denoising_step" else 1
+
+
+def transformer(config: dict, batch: int, image: int, text: int, precision: Precision) -> list:
+    """List the layers of one forward of FluxTransformer2DModel.
+
+    `image` counts all image tokens, Kontext's reference among them.
+    """
+    config = TRANSFORMER | config
+    heads, head = config["num_attention_heads"], config["attention_head_dim"]
+    d, base, fast = heads * head, precision.base, precision.linear
+    mlp, both = MLP_RATIO * d, image + text
+    channels, outer = config["in_channels"], precision.other
+    pooled = config["pooled_projection_dim"]
+
+    embedders = [
+        linear("img in", batch * image, channels, d, base, outer),
+        linear("txt in", batch * text, config["joint_attention_dim"], d, base, outer),
+        elementwise("RoPE table", both, 0, 2 * head, base, "fp32"),
+    ]
+    for name, inputs in (("time", SINUSOID), ("guidance", SINUSOID), ("CLIP", pooled)):
+        if name != "guidance" or config["guidance_embeds"]:
+            embedders.append(modulation(f"{name} MLP 1", batch, inputs, d, precision))
+            embedders.append(modulation(f"{name} MLP 2", batch, d, d, precision))
+
+    double = []
+    for stream, rows in (("img", batch * image), ("txt", batch * text)):
+        double += [
+            modulation(f"{stream} AdaLN", batch, d, 6 * d, precision),
+            elementwise(f"{stream} norm + modulate", rows, d, d, base, fast),
+            linear(f"{stream} QKV", rows, d, 3 * d, base, fast),
+            elementwise(
+                f"{stream} QK norm + RoPE", rows, 3 * d, 3 * d, base, precision.attention, 2 * head
+            ),
+        ]
+    double.append(attention(batch, both, heads, head, base, precision.attention))
+    for stream, rows in (("img", batch * image), ("txt", batch * text)):
+        if fast:
+            double.append(elementwise(f"{stream} cast", rows, d, d, base, fast))
+        double += [
+            linear(f"{stream} out", rows, d, d, base, fast),
+            elementwise(f"{stream} gate + residual", rows, 2 * d, d, base),
+            elementwise(f"{stream} norm + modulate", rows, d, d, base, fast),
+            linear(f"{stream} MLP up", rows, d, mlp, base, fast),
+            elementwise(f"{stream} GELU", rows, mlp, mlp, base, fast),
+            linear(f"{stream} MLP down", rows, mlp, d, base, fast),
+            elementwise(f"{stream} gate + residual", rows, 2 * d, d, base),
+        ]
+
+    rows, seen = batch * both, 3 * d if precision.attention else 2 * d
+    single = [
+        modulation("AdaLN", batch, d, 3 * d, precision),
+        elementwise("norm + modulate", rows, d, d, base, fast),
+        linear("QKV", rows, d, 3 * d, base, fast),
+        linear("MLP up", rows, d, mlp, base, fast),
+        # V passes through this only to be cast; in a double block to be joined with the other V
+        elementwise("QK norm + RoPE", rows, seen, seen, base, precision.attention, 2 * head),
+        attention(batch, both, heads, head, base, precision.attention),
+        elementwise("GELU + concatenation", rows, d + mlp, d + mlp, base, fast),
+        linear("out", rows, d + mlp, d, base, fast),
+        elementwise("gate + residual", rows, 2 * d, d, base),
+    ]
+    outputs = config["out_channels"] or channels
+    last = [
+        modulation("AdaLN", batch, d, 2 * d, precision),
+        elementwise("norm + modulate", batch * image, d, d, base, outer),
+        linear("img out", batch * image, d, outputs, base, outer),
+    ]
+    return [
+        *place("embedders", 1, embedders),
+        *place("double blocks", config["num_layers"], double),
+        *place("single blocks", config["num_single_layers"], single),
+        *place("output", 1, last),
+    ]
+
+
+def t5(config: dict, batch: int, tokens: int, base: str) -> list[Layer]:
+    """List the layers of T5's encoder; padding is computed like words, there is no mask."""
+    d, ff, rows = config["d_model"], config["d_ff"], batch * tokens
+    heads, head = config["num_heads"], config["d_kv"]
+    halves = 1 + config["feed_forward_proj"].startswith("gated")
+    norm = elementwise("RMS norm", rows, d, d, base, parameters=d)
+    add = elementwise("residual", rows, 2 * d, d, base)
+    buckets = config.get("relative_attention_num_buckets", 32)
+    block = [
+        norm,
+        linear("QKV", rows, d, 3 * heads * head, base, bias=False),
+        attention(batch, tokens, heads, head, base),
+        linear("out", rows, heads * head, d, base, bias=False),
+        add,
+        norm,
+        linear("MLP up", rows, d, halves * ff, base, bias=False),
+        elementwise("GELU", rows, halves * ff, ff, base),
+        linear("MLP down", rows, ff, d, base, bias=False),
+        add,
+    ]
+    first = [
+        lookup("embedding", rows, d, config["vocab_size"], base),
+        elementwise("position bias", heads, 0, tokens**2, base, parameters=buckets * heads),
+    ]
+    return [
+        *place("input", 1, first),
+        *place("blocks", config["num_layers"], block),
+        *place("output", 1, [norm]),
+    ]
+
+
+def clip(config: dict, batch: int, base: str) -> list[Layer]:
+    """List the layers of CLIP's text model; all its tokens are computed, one is used."""
+    d, tokens, heads = (
+        config[name] for name in ("hidden_size", "max_position_embeddings", "num_attention_heads")
+    )
+    mlp, rows = config["intermediate_size"], batch * tokens
+    norm = elementwise("layer norm", rows, d, d, base, parameters=2 * d)
+    add = elementwise("residual", rows, 2 * d, d, base)
+    block = [
+        norm,
+        linear("QKV", rows, d, 3 * d, base),
+        attention(batch, tokens, heads, d // heads, base),
+        linear("out", rows, d, d, base),
+        add,
+        norm,
+        linear("MLP up", rows, d, mlp, base),
+        elementwise("GELU", rows, mlp, mlp, base),
+        linear("MLP down", rows, mlp, d, base),
+        add,
+    ]
+    first = [
+        lookup("embedding", rows, d, config["vocab_size"], base),
+        lookup("positions", tokens, d, tokens, base),
+    ]
+    return [
+        *place("input", 1, first),
+        *place("blocks", config["num_hidden_layers"], block),
+        *place("output", 1, [norm]),
+    ]
+
+
+class _Picture:
+    """The VAE's layers at one batch and size, which its blocks change as they go."""
+
+    def __init__(self, batch: int, size: tuple[int, int], base: str):
+        self.batch, self.size, self.base = batch, size, base
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.size[0] * self.size[1]
+
+    def scale(self, factor: float) -> None:
+        self.size = (int(self.size[0] * factor), int(self.size[1] * factor))
+
+    def conv(self, name: str, inputs: int, outputs: int, **options) -> Layer:
+        return convolution(name, self.batch, inputs, outputs, self.size, self.base, **options)
+
+    def norm(self, c: int, name: str = "GroupNorm + SiLU") -> Layer:
+        return elementwise(name, self.pixels, 2 * c, c, self.base, parameters=2 * c)
+
+    def resnet(self, inputs: int, outputs: int) -> list[Layer]:
+        shortcut = [self.conv("shortcut", inputs, outputs, k=1)] if inputs != outputs else []
+        return [
+            self.norm(inputs),
+            self.conv("conv", inputs, outputs),
+            self.norm(outputs),
+            self.conv("conv", outputs, outputs),
+            *shortcut,
+            elementwise("residual", self.pixels, 2 * outputs, outputs, self.base),
+        ]
+
+    def middle(self, c: int, config: dict) -> list[Layer]:
+        between = [
+            self.norm(c, "GroupNorm"),
+            linear("QKV", self.pixels, c, 3 * c, self.base),
+            attention(self.batch, self.pixels // self.batch, 1, c, self.base),
+            linear("out", self.pixels, c, c, self.base),
+            elementwise("residual", self.pixels, 2 * c, c, self.base),
+        ]
+        between *= config.get("mid_block_add_attention", True)
+        return place("middle", 1, [*self.resnet(c, c), *between, *self.resnet(c, c)])
+
+
+def vae_decoder(config: dict, batch: int, size: tuple[int, int], base: str) -> list[Layer]:
+    """List the layers of AutoencoderKL.decode; `size` is the latents' height and width."""
+    widths = list(reversed(config["block_out_channels"]))
+    latent, at = config["latent_channels"], _Picture(batch, size, base)
+    first = [at.conv("post-quant conv", latent, latent, k=1)] * config.get(
+        "use_post_quant_conv", True
+    )
+    layers = place("input", 1, [*first, at.conv("conv", latent, widths[0])])
+    layers += at.middle(widths[0], config)
+    before = widths[0]
+    for i, c in enumerate(widths):
+        block = []
+        for _ in range(config["layers_per_block"] + 1):
+            block += at.resnet(before, c)
+            before = c
+        if i < len(widths) - 1:
+            small = at.pixels
+            at.scale(2)
+            moved = elementwise("upsample", small, c, 4 * c, base)
+            block += [moved, at.conv("conv after upsample", c, c)]
+        layers += place(f"up block {i}", 1, block)
+    last = [at.norm(before), at.conv("conv", before, config["out_channels"])]
+    return layers + place("output", 1, last)
+
+
+def vae_encoder(config: dict, batch: int, size: tuple[int, int], base: str) -> list[Layer]:
+    """List the layers of AutoencoderKL.encode; `size` is the picture's height and width."""
+    widths = list(config["block_out_channels"])
+    moments, at = 2 * config["latent_channels"], _Picture(batch, size, base)  # mean, log variance
+    layers = place("input", 1, [at.conv("conv", config["in_channels"], widths[0])])
+    before = widths[0]
+    for i, c in enumerate(widths):
+        block = []
+        for _ in range(config["layers_per_block"]):
+            block += at.resnet(before, c)
+            before = c
+        if i < len(widths) - 1:
+            at.scale(1 / 2)
+            block.append(at.conv("downsample", c, c, stride=2))
+        layers += place(f"down block {i}", 1, block)
+    layers += at.middle(before, config)
+    last = [at.norm(before), at.conv("conv", before, moments)]
+    last += [at.conv("quant conv", moments, moments, k=1)] * config.get("use_quant_conv", True)
+    return layers + place("output", 1, last)
+
+
+def image_tokens(vae: dict, size: tuple[int, int]) -> int:
+    """Count the tokens of a picture: the VAE shrinks it (by 8), packing takes 2x2 latents each.
+
+    Units: pixels.
+    """
+    edge = 2 ** len(vae["block_out_channels"])
+    return (size[0] // edge) * (size[1] // edge)
+
+
+def count(configs: dict[str, dict], call: Call, precision: Precision) -> Work:
+    """List the work of a call.
+
+    `configs` are the four networks', named as in FluxPipeline (random_weights gives them).
+    """
+    vae, base = configs["vae"], precision.base
+    shrink = 2 ** (len(vae["block_out_channels"]) - 1)
+    size, reference = (call.height, call.width), call.reference
+    image = image_tokens(vae, size) + (image_tokens(vae, reference) if reference else 0)
+    latents = (size[0] // shrink, size[1] // shrink)
+    layers = {
+        "clip": clip(configs["text_encoder"], call.prompts, base),
+        "t5": t5(configs["text_encoder_2"], call.prompts, call.text_tokens, base),
+        "vae_encoder": vae_encoder(vae, 1, reference, base) if reference else [],
+        "transformer": transformer(
+            configs["transformer"], call.images, image, call.text_tokens, precision
+        ),
+        "vae_decoder": vae_decoder(vae, call.images, latents, base),
+    }
+    return Work(call, {name: tuple(found) for name, found in layers.items()})
