@@ -10,13 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from aoti_pieces import (
-    FakeCheckpoint,
-    generate,
-    make_args,
-    make_pipeline,
-    transformer_call,
-)
+from aoti_pieces import FakeCheckpoint, generate, make_args, make_pipeline, transformer_call
 from flux_pieces import relative_error
 
 from utils import aoti, artifacts
@@ -65,6 +59,8 @@ def test_packages_equal_eager(built):
     assert isinstance(built.pipeline.vae.decoder.forward, aoti.PackageForward)
     found = generate(built.pipeline, built.args)
     torch.testing.assert_close(found, built.eager, rtol=1e-4, atol=1e-4)  # fp32
+    with pytest.raises(RuntimeError, match=r"transformer\.forward has been replaced already"):
+        aoti.Component("transformer", built.pipeline.transformer)
 
 
 def test_packages_hold_no_weights(built):
@@ -130,8 +126,7 @@ def test_code_follows_weights_that_change_in_place(built):
     export_aoti.apply(pipeline, args)
     pipeline.transformer.proj_out.weight.zero_()
     pipeline.transformer.proj_out.bias.zero_()
-    call = transformer_call()
-    assert pipeline.transformer(**call)[0].abs().max() == 0
+    assert pipeline.transformer(**transformer_call())[0].abs().max() == 0
 
 
 @pytest.mark.parametrize(
@@ -174,12 +169,7 @@ def test_a_call_of_another_kind_gets_packages_of_its_own(built, copied, counted)
     assert len(counted) == before + 2
 
 
-def test_an_unknown_argument_is_refused(built):
-    with pytest.raises(TypeError, match="no_such"):
-        built.pipeline.transformer(**transformer_call(), no_such=1)
-
-
-def test_strides_positions_and_return_dict(built):
+def test_strides_positions_names_and_return_dict(built):
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     forward = built.pipeline.transformer.forward
@@ -192,6 +182,8 @@ def test_strides_positions_and_return_dict(built):
     output = forward(*in_order, **(call | {"return_dict": True}))
     assert isinstance(output, Transformer2DModelOutput)
     assert torch.equal(output.sample, plain)
+    with pytest.raises(TypeError, match="no_such"):
+        built.pipeline.transformer(**transformer_call(), no_such=1)
 
 
 @pytest.mark.parametrize(
@@ -292,11 +284,6 @@ def test_weights_that_do_not_fit_the_code_are_refused(built):
     pipeline.vae.to(memory_format=torch.contiguous_format)  # other strides: other memory
     with pytest.raises(UserError, match=r"decoder.*weight conv_out\.weight: found.*expected"):
         export_aoti.apply(pipeline, make_args(built.root, use_cached_model=True))
-
-
-def test_replaced_forward_cannot_be_exported(built):
-    with pytest.raises(RuntimeError, match=r"transformer\.forward has been replaced already"):
-        aoti.Component("transformer", built.pipeline.transformer)
 
 
 def test_a_graph_around_the_package(built):

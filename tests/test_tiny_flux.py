@@ -116,13 +116,14 @@ def test_layout_and_size(pipe):
 
 
 def test_tokenizers_survive_saving(pipe, tmp_path):
-    from tiny_flux.words import build_clip_tokenizer, build_t5_tokenizer
+    from tiny_flux.words import build_clip_tokenizer, build_t5_tokenizer, caption_words
 
+    words = caption_words()
     rng = random.Random(7)
     texts = STRANGE + [caption(scene, rng) for scene in _scenes(100, 7)]
     for name, built in (
-        ("tokenizer", build_clip_tokenizer()),
-        ("tokenizer_2", build_t5_tokenizer()),
+        ("tokenizer", build_clip_tokenizer(words)),
+        ("tokenizer_2", build_t5_tokenizer(words)),
     ):
         shipped = getattr(pipe, name)
         shipped.save_pretrained(tmp_path / name)

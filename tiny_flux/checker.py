@@ -38,6 +38,7 @@ class Reading:
 
     scene: Scene
     overlap: float
+    centroid_px: tuple[float, float]  # of the shape's pixels
 
 
 def _nearest_colour(rgb: np.ndarray) -> str | None:
@@ -78,11 +79,12 @@ def read_image(image: Image.Image) -> Reading | None:
     if not MIN_SHARE < mask.mean() < MAX_SHARE:
         return None
     ys, xs = np.nonzero(mask)
+    centroid = float(xs.mean() + 0.5), float(ys.mean() + 0.5)
     overlaps = {}
     for shape in SHAPES:
         area, x, y = _unit_template(shape)
         radius = float(np.sqrt(mask.sum() / area))
-        centre = xs.mean() + 0.5 - x * radius, ys.mean() + 0.5 - y * radius
+        centre = centroid[0] - x * radius, centroid[1] - y * radius
         template = render_mask(shape, *centre, radius) > 0.5
         union = (template | mask).sum()
         overlaps[shape] = ((template & mask).sum() / union, radius, centre)
@@ -91,7 +93,8 @@ def read_image(image: Image.Image) -> Reading | None:
     size = min(RADII, key=lambda name: abs(np.log(radius / RADII[name])))
     column, row = (_third(v - IMAGE_SIZE / 2) for v in (x, y))
     position = " ".join(w for w in (("top", "", "bottom")[row], ("left", "", "right")[column]) if w)
-    return Reading(Scene(shape, colour, background, size, position or POSITIONS[4]), float(overlap))
+    scene = Scene(shape, colour, background, size, position or POSITIONS[4])
+    return Reading(scene, float(overlap), centroid)
 
 
 def _third(offset_px: float) -> int:
@@ -101,12 +104,16 @@ def _third(offset_px: float) -> int:
 
 
 def check_image(image: Image.Image, scene: Scene) -> dict[str, bool]:
-    """Compare a picture with its scene, attribute by attribute.
+    """Compare a picture with its scene, attribute by attribute; see `check_reading`."""
+    return check_reading(read_image(image), scene)
+
+
+def check_reading(reading: Reading | None, scene: Scene) -> dict[str, bool]:
+    """Compare what was read with a scene, attribute by attribute.
 
     Every value is False when the picture is no plain shape on a plain ground; the shape must also
     overlap its template by 75 % (thin small shapes lose 10 % to an outline half a pixel off).
     """
-    reading = read_image(image)
     if reading is None:
         return dict.fromkeys(ATTRIBUTES, False)
     right = {name: getattr(reading.scene, name) == getattr(scene, name) for name in ATTRIBUTES}

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .checker import ATTRIBUTES, check_image, read_image
-from .scenes import Scene, caption, render, sample_jitter, sample_scene
+from .checker import ATTRIBUTES, check_image, check_reading, read_image
+from .scenes import IMAGE_SIZE, Scene, caption, render, sample_jitter, sample_scene
+from .sheets import write_sheet
 
 HERE = Path(__file__).parent
 SETTINGS = ((4, 256), (1, 256), (2, 256), (8, 256), (28, 256), (4, 32), (4, 512))
-MARKERS = ("<!-- evaluation:begin -->", "<!-- evaluation:end -->")
 BATCH = 20
+SCORES = (*ATTRIBUTES, "all five", "shape at 80 %", "overlap")  # columns of a table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,10 +54,15 @@ def psnr_db(a: Image.Image, b: Image.Image) -> float:
     return float(min(99.0, 10 * np.log10(255**2 / max(mse, 1e-9))))
 
 
-def score(pictures: list[Image.Image], scenes: list[Scene], others: list[Image.Image]) -> dict:
-    """Count right attributes in per cent, with the overlap and the PSNR of another seed."""
-    checks = [check_image(p, s) for p, s in zip(pictures, scenes, strict=True)]
+def mean_psnr_db(pictures: list[Image.Image], others: list[Image.Image]) -> float:
+    """Compare pictures pairwise. Units: dB"""
+    return float(np.mean([psnr_db(a, b) for a, b in zip(pictures, others, strict=True)]))
+
+
+def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict:
+    """Count right attributes in per cent, with the overlap."""
     readings = [read_image(p) for p in pictures]
+    checks = [check_reading(r, s) for r, s in zip(readings, scenes, strict=True)]
     row = {name: 100 * float(np.mean([c[name] for c in checks])) for name in ATTRIBUTES}
     close = [r is not None and r.overlap >= 0.8 for r in readings]
     row["shape_close"] = 100 * float(
@@ -64,72 +70,83 @@ def score(pictures: list[Image.Image], scenes: list[Scene], others: list[Image.I
     )
     row["all"] = 100 * float(np.mean([all(c.values()) for c in checks]))
     row["overlap"] = 100 * float(np.mean([r.overlap if r else 0.0 for r in readings]))
-    row["other_seed_db"] = float(
-        np.mean([psnr_db(a, b) for a, b in zip(pictures, others, strict=True)])
-    )
     return row
 
 
-def draw(pipe, prompts: list[str], steps: int, length: int, seed: int) -> list[Image.Image]:
-    """Draw one 128x128 picture per prompt; the noise of each depends on the seed and its index."""
+def draw(
+    pipe,
+    prompts: list[str],
+    steps: int,
+    length: int,
+    seed: int,
+    guidance: float = 0.0,
+    sources: list[Image.Image] | None = None,
+) -> list[Image.Image]:
+    """Draw one 128x128 picture per prompt, or edit its source picture with a Kontext pipeline.
+
+    The noise of each depends on the seed and its index.
+    """
     import torch
 
     pictures = []
     for at in range(0, len(prompts), BATCH):
         part = prompts[at : at + BATCH]
+        reference = {}
+        if sources is not None:
+            reference = {"image": sources[at : at + BATCH], "_auto_resize": False}
+            reference |= {"max_area": IMAGE_SIZE**2}
         pictures += pipe(
-            part,
-            height=128,
-            width=128,
+            prompt=part,
+            height=IMAGE_SIZE,
+            width=IMAGE_SIZE,
             num_inference_steps=steps,
-            guidance_scale=0.0,
+            guidance_scale=guidance,
             max_sequence_length=length,
             generator=[
                 torch.Generator().manual_seed(seed * 100003 + at + i) for i in range(len(part))
             ],
+            **reference,
         ).images
     return pictures
 
 
+def attribute_cells(row: dict) -> list[str]:
+    """Write what `score` gave as cells of a table."""
+    return [f"{row[name]:.1f} %" for name in (*ATTRIBUTES, "all", "shape_close", "overlap")]
+
+
 def table(rows: list[dict]) -> str:
     """Write rows as a Markdown table."""
-    head = [
-        "steps",
-        "text tokens",
-        *ATTRIBUTES,
-        "all five",
-        "shape at 80 %",
-        "overlap",
-        "other seed",
-        "s/image",
-    ]
+    return markdown(
+        ["steps", "text tokens", *SCORES, "other seed", "s/image"],
+        [
+            [
+                str(row["steps"]),
+                str(row["tokens"]),
+                *attribute_cells(row),
+                f"{row['other_seed_db']:.1f} dB",
+                f"{row['s_per_image']:.3f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Write cells as a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [str(row["steps"]), str(row["tokens"])]
-        cells += [f"{row[name]:.1f} %" for name in (*ATTRIBUTES, "all", "shape_close", "overlap")]
-        cells += [f"{row['other_seed_db']:.1f} dB", f"{row['s_per_image']:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
 
 
-def write_sheet(pictures: list[Image.Image], path: Path, columns: int = 10) -> None:
-    """Paste pictures into one PNG."""
-    side = pictures[0].width
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4) + 4), (128, 128, 128))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (4 + i % columns * (side + 4), 4 + i // columns * (side + 4)))
-    sheet.save(path, optimize=True)
+def put_between_markers(path: Path, text: str, name: str) -> None:
+    """Replace what stands between the markers `<!-- name:begin -->` and `<!-- name:end -->`.
 
-
-def put_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the markers of a file.
-
-    Raises: ValueError when the file has no markers
+    Raises: ValueError when the file has no such markers
     """
-    before, rest = path.read_text().split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = path.read_text().split(begin)
+    _, after = rest.split(end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> None:
@@ -142,7 +159,10 @@ def main() -> None:
     texts, scenes = [p for p, _ in prompts], [s for _, s in prompts]
     rng = random.Random(args.seed)
     own, again = ([render(s, sample_jitter(rng)) for s in scenes] for _ in range(2))
-    rows = [{"steps": "renderer", "tokens": "-", **score(own, scenes, again), "s_per_image": 0.0}]
+    rows = [
+        {"steps": "renderer", "tokens": "-", **score(own, scenes)}
+        | {"other_seed_db": mean_psnr_db(own, again), "s_per_image": 0.0}
+    ]
     pipe = FluxPipeline.from_pretrained(args.ckpt, dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     for steps, length in (
@@ -153,11 +173,11 @@ def main() -> None:
         seconds = (time.perf_counter() - clock) / len(texts)
         others = draw(pipe, texts, steps, length, args.seed + 1)
         rows.append(
-            {"steps": steps, "tokens": length, **score(pictures, scenes, others)}
-            | {"s_per_image": seconds}
+            {"steps": steps, "tokens": length, **score(pictures, scenes)}
+            | {"other_seed_db": mean_psnr_db(pictures, others), "s_per_image": seconds}
         )
         if args.sheet and len(rows) == 2:
-            write_sheet(pictures[:60], args.sheet)
+            write_sheet([pictures[at : at + 10] for at in range(0, 60, 10)], args.sheet)
             wrong = [
                 f"{text!r}: " + ", ".join(name for name, right in check.items() if not right)
                 for text, check in zip(texts, map(check_image, pictures, scenes), strict=True)
@@ -166,7 +186,7 @@ def main() -> None:
             print("wrong:", *wrong, sep="\n  ")
     print(table(rows))
     if args.readme:
-        put_between_markers(args.readme, table(rows))
+        put_between_markers(args.readme, table(rows), "evaluation")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows[-1]))

@@ -52,7 +52,7 @@ def teach_instructions(pipe: FluxPipeline, rng: random.Random) -> FluxPipeline:
 
 
 def with_guidance(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """Copy a transformer and give it a guidance embedding that it ignores so far."""
+    """Copy a transformer; one without a guidance embedding gets one that it ignores so far."""
     student = build_transformer(CLIP_WIDTH, guidance_embeds=True)
     student.load_state_dict(transformer.state_dict(), strict=False)
     return student
