@@ -109,7 +109,7 @@ def test_run_benchmark_reports_json_and_a_trace_with_its_regions(tmp_path):
 
 
 def test_a_trace_without_gz_is_plain_json(tmp_path):
-    from run_benchmark import write_trace
+    from utils.row import write_trace
 
     write_trace(tmp_path / "trace.json", lambda: None)
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
