@@ -12,6 +12,14 @@ from utils.quiet import quiet_libraries
 
 quiet_libraries()
 
+TOGGLES = (
+    "--disable_fused_projections",
+    "--disable_fa3",
+    "--disable_channels_last",
+    "--disable_quant",
+    "--disable_inductor_tuning_flags",
+)
+
 
 def make_args(*flags: str, checks: bool = True):
     """Parse flags as the scripts do and settle the run."""

@@ -6,7 +6,7 @@ Few steps, since the paths are what is tested here: a picture of another seed is
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, optimized
+from conftest import TOGGLES, make_args, optimized
 from test_cudagraph import RerunRecorder
 
 from tiny_flux.scenes import Scene, render
@@ -20,13 +20,6 @@ MODELS = {"tiny-schnell": "4", "tiny-dev": "6", "tiny-kontext": "6"}
 MODES = ("disabled", "compile", "export_aoti")
 PROMPTS = ("a red circle on a blue background", "a large green square on a white background")
 EDITS = ("make the background green", "turn it into a star")
-TOGGLES = (
-    "--disable_fused_projections",
-    "--disable_fa3",
-    "--disable_channels_last",
-    "--disable_quant",
-    "--disable_inductor_tuning_flags",
-)
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, optimized
+from conftest import TOGGLES, make_args, optimized
 
 from utils import quality
 from utils.pipeline_utils import STEPS, generate
 
 PROMPT = ("--prompt", "a red circle on a blue background")
-TOGGLES = (
-    "--disable_fused_projections",
-    "--disable_fa3",
-    "--disable_channels_last",
-    "--disable_quant",
-    "--disable_inductor_tuning_flags",
-)
 ALONE = {
     "fused_projections": TOGGLES[1:3],
     "fa3": (TOGGLES[0], TOGGLES[2]),
