@@ -193,6 +193,10 @@ def test_every_toggle_with_every_model_and_mode(
 ):
     torch._dynamo.reset()
     flags = (*flags_of(model), *((toggle,) if toggle else ()))
+    if toggle == "--disable_bf16":
+        with pytest.raises(UserError, match=r"row-wise float8 needs bf16.*add --disable_quant"):
+            make_args("--device", "cpu", *flags)
+        flags = (*flags, "--disable_quant")
     pipeline, args = optimized(*flags, *mode_flags(mode, tmp_path))
     assert args.plan[mode].is_on if mode != "disabled" else not args.plan["compile"].is_on
     plain = flags if toggle == "--disable_bf16" else flags_of(model)
