@@ -212,7 +212,7 @@ def test_every_toggle_with_a_step_cache(
 ):
     torch._dynamo.reset()
     settings = tmp_path / "cache.yaml"
-    settings.write_text("{residual_diff_threshold: 0.2, max_warmup_steps: 3}")
+    settings.write_text("{Fn_compute_blocks: 1, residual_diff_threshold: 0.2, max_warmup_steps: 3}")
     flags = (*flags_of(model), *((toggle,) if toggle else ()))
     pipeline, args = optimized(
         *flags, *mode_flags(mode, tmp_path), "--cache_dit_config", str(settings)
