@@ -28,6 +28,13 @@ def parse_arguments():
     add("--trace-file", help="Chrome trace of one more run; gzip if it ends in .gz")
     add("--measure_ceilings", action="store_true", help="this machine's own peaks, not a sheet's")
     add("--kernel_table", action="store_true", help="where the time of one more run goes")
+    add("--pictures", metavar="FOLDER", help="keep the quality prompts' pictures here, as strips")
+    add(
+        "--quality_source",
+        choices=("bundled", "none"),
+        default="bundled",
+        help="whose pictures stand for random weights: the bundled checkpoint's, same flags",
+    )
     add("--results", metavar="JSONL", help="append the rows here (series: results/<machine>.jsonl)")
     add = parser.add_argument_group("series of rows, one process each").add_argument
     add("--ladder", action="store_true", help="from bf16 eager, one step more in each row")

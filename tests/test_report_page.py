@@ -46,20 +46,19 @@ class Reader(html.parser.HTMLParser):
 
 
 @pytest.fixture
-def pictured(tmp_path) -> tuple[dict, Path]:
-    """Make rows with pictures, and the root that their paths are relative to."""
+def pictured(tmp_path) -> tuple[dict, dict[str, Path]]:
+    """Make rows with pictures, and the folder that their paths are relative to."""
     rows = ladder()
     (tmp_path / "strips").mkdir()
     for k, noise in enumerate((0, 0, 1, 20)):
         strip(tmp_path / "strips" / f"{k}.png", noise)
     for k, one in enumerate([rows[1], rows[2], rows[0], rows[3]]):
         one |= {"pictures": f"strips/{k}.png", "reference_pictures": "strips/0.png"}
-    return {"h200.jsonl": rows, "cpu.jsonl": [old_row()]}, tmp_path
+    return {"h200.jsonl": rows, "cpu.jsonl": [old_row()]}, {"h200.jsonl": tmp_path}
 
 
 def test_the_page_holds_everything(pictured):
-    results, root = pictured
-    found = Reader(page(results, root))
+    found = Reader(page(*pictured))
     for words in ("NVIDIA H200", "580.1", "700 W", "1755-1980 MHz", "2.13.0+cu130", "+ compile",
                   "failed: out of memory: 140 GiB", "0123456789ab", "74.4 TFLOP", "arithmetic",
                   "python run_benchmark.py --rows '+ fa3'", "fa3 (backend=fa3)"):  # fmt: skip
@@ -72,8 +71,8 @@ def test_the_page_holds_everything(pictured):
     options = [a for tag, a in found.tags if tag == "option" and "data-strip" in a]
     assert len(options) == 4
     assert all(o["data-strip"] in ids and o["data-reference"] in ids for o in options)
-    assert "prefers-color-scheme: dark" in page(results, root)
-    assert page(results, root) == page(results, root)
+    assert "prefers-color-scheme: dark" in page(*pictured)
+    assert page(*pictured) == page(*pictured)
 
 
 def test_nothing_is_loaded_from_outside(pictured):
@@ -106,12 +105,12 @@ def test_everything_from_a_row_is_escaped():
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "none.png", "text.png", "a\0b"])
-def test_pictures_come_from_inside_the_repository_only(tmp_path, capsys, path):
+def test_pictures_come_from_the_folder_of_the_results_only(tmp_path, capsys, path):
     root = tmp_path / "root"
     root.mkdir()
     strip(tmp_path / "secret.png", 0)
     (root / "text.png").write_text("no picture")
-    tags = Reader(page({"x.jsonl": [row(pictures=path)]}, root)).tags
+    tags = Reader(page({"x.jsonl": [row(pictures=path)]}, {"x.jsonl": root})).tags
     assert not [tag for tag, attrs in tags if tag == "img" or attrs.get("class") == "viewer"]
     said = capsys.readouterr().err
     assert said.startswith(f"pictures {path!r}: left out: ") and said.count("\n") == 1

@@ -12,6 +12,7 @@ from utils.benchmark_utils import Spread
 from utils.memory import weights_gib
 from utils.pipeline_utils import generate, load_pipeline
 from utils.prompts import QUALITY, quality_prompts
+from utils.report_rows import problem
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_lossy_run_that_calls_itself_lossless_fails(tmp_path, monkeypatch, flo
     flags = ("--cache-dir", str(tmp_path / "cache"), "--num_inference_steps", "4")
     args = make_args("--device", "cpu", *flags)
     vars(args).update(num_runs=1, num_warmup=0, quality_prompts=2, fp32_reference=False)
-    args.measure_ceilings = False
+    vars(args).update(measure_ceilings=False, pictures=None)
     with pytest.raises(RuntimeError, match="called lossless, but its latents are"):
         row.measure_row(args)
 
@@ -171,3 +172,23 @@ def test_every_checkpoint_has_eight_prompts_in_its_own_words():
     assert all(parse(prompt) is not None for prompt in QUALITY["tiny"])
     before = Scene("circle", "red", "blue")
     assert all(obey(prompt, before) not in (None, before) for prompt in QUALITY["tiny edits"])
+
+
+@pytest.mark.parametrize("kind", ["schnell", "kontext"])
+def test_random_weights_show_the_quality_of_the_trained_checkpoint(kind, tmp_path, capsys):
+    source = tmp_path / "source.png"
+    Image.new("RGB", (128, 128), "red").save(source)
+    flags = ["--ckpt", f"tiny-{kind}", "--random_weights", "--num_inference_steps", "2"]
+    flags += ["--image", str(source)] if kind == "kontext" else []
+    args = make_args("--device", "cpu", "--cache-dir", str(tmp_path / "cache"), *flags)
+    vars(args).update(num_runs=1, num_warmup=0, quality_prompts=1, fp32_reference=False)
+    vars(args).update(measure_ceilings=False, pictures=None, quality_source="bundled")
+    found, _, _ = row.measure_row(args)
+    quality_of, own = found["quality"], found["full_size"]
+    assert quality_of["quality_source"] == f"tiny-{kind} at 128x128 under the same flags"
+    assert quality_of["fp32_relative_l2"] is not None and quality_of["checker_right"] is not None
+    assert own["checker_right"] is None and own["latents_relative_l2"] < 0.1
+    assert ("image_encoding" in found["stages_s"]) == (kind == "kontext")
+    text = row.render(found)
+    assert f"(tiny-{kind} at 128x128" in text and "full size   random weights" in text
+    assert not problem(found)

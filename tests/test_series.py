@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_args
+from PIL import Image
 
 import run_benchmark
 from utils import card, results, series
@@ -107,6 +108,10 @@ def test_a_ladder_is_stored_row_by_row_and_goes_on_where_it_stopped(monkeypatch,
         words = shlex.split(row["command"])
         assert words[:2] == ["python", "run_benchmark.py"] and "--ladder" not in words
         assert row["total_s"]["n"] == 2 and row["quality"]["images"] == 1
+        assert "--pictures" not in words
+        for key in ("pictures", "reference_pictures"):
+            with Image.open(tmp_path / row[key]) as strip:
+                assert strip.size == (128, 128)
     assert rows[0]["quality"]["psnr_db_worst"] is None  # eager is the reference
     assert rows[0]["quality"]["fp32_relative_l2"] == rows[0]["quality"]["eager_fp32_relative_l2"]
 
@@ -116,7 +121,7 @@ def test_a_ladder_is_stored_row_by_row_and_goes_on_where_it_stopped(monkeypatch,
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:100])
     monkeypatch.setattr(card, "commit", lambda: "clean")
     ran = []
-    monkeypatch.setattr(series, "_run", lambda words: ran.append(words) or dict(rows[1]))
+    monkeypatch.setattr(series, "_run", lambda words, _: ran.append(words) or dict(rows[1]))
     assert series.run_series(args, list(flags)) == 0
     assert len(ran) == 1 and shlex.split(rows[1]["command"])[2:] == ran[0]
     output = capsys.readouterr()
@@ -147,7 +152,7 @@ def test_rounds_take_turns(monkeypatch, tmp_path):
     spread = {"median": 1.0, "min": 1.0, "max": 1.0, "n": 1, "samples": [1.0]}
     row = {"format": 2, "total_s": spread, "quality": {"psnr_db_worst": None}}
     row |= {"call": {}, "environment": {}}
-    monkeypatch.setattr(series, "_run", lambda words: dict(row))
+    monkeypatch.setattr(series, "_run", lambda *_: dict(row))
     assert series.run_series(args, list(flags)) == 0
     found = [(row["row"], row["round"]) for row in read(path)]
     assert found == [("eager", 0), ("+ fa3", 0), ("eager", 1), ("+ fa3", 1)]
@@ -169,6 +174,50 @@ def test_bad_input_is_one_line(flags, expected):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stdout
     assert expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_disk_that_fills_up_costs_no_measured_row(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    flags = ("--ladder", "--rows", "eager,fa3", "--results", str(path), *SHORT)
+    args = arguments(monkeypatch, *flags)
+    spread = {"median": 1.0, "min": 1.0, "max": 1.0, "n": 1, "samples": [1.0]}
+    row = {"format": 2, "total_s": spread, "quality": {"psnr_db_worst": None}}
+    row |= {"call": {}, "environment": {}}
+    monkeypatch.setattr(series, "_run", lambda *_: dict(row))
+
+    def append(where, rows):
+        if rows and where.stat().st_size:  # room for one row
+            raise UserError("--results: cannot be written (No space left on device)")
+        results.append(where, rows)
+
+    monkeypatch.setattr(series, "append", append)
+    with pytest.raises(UserError, match="No space left"):
+        series.run_series(args, list(flags))
+    assert [row["row"] for row in read(path)] == ["eager"]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["row"] for line in shown] == ["+ fa3"]
+
+
+def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
+    """A ladder writes tracked results, and goes on only where the code is that of its rows."""
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path,
+                       check=True, capture_output=True)  # fmt: skip
+
+    for name in ("results/rows.jsonl", "utils/card.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(card, "__file__", str(tmp_path / "utils" / "card.py"))
+    clean = card.commit()
+    assert len(clean) == 12
+    (tmp_path / "results" / "rows.jsonl").write_text("2\n")
+    assert card.commit() == clean
+    (tmp_path / "utils" / "card.py").write_text("2\n")
+    assert card.commit() == clean + "-dirty"
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path):

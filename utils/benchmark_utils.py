@@ -143,9 +143,10 @@ def annotate(f, title: str, clock: StageClock | None = None):
 
 
 def annotate_pipeline(pipeline, clock: StageClock | None = None) -> None:
-    """Name the five stages of a call, outside of whatever compiled or recorded them."""
+    """Name the stages of a call, outside of whatever compiled or recorded them."""
     transformer, vae, images = pipeline.transformer, pipeline.vae, pipeline.image_processor
     pipeline.encode_prompt = annotate(pipeline.encode_prompt, "prompt_encoding", clock)
+    vae.encode = annotate(vae.encode, "image_encoding", clock)  # Kontext's image
     transformer.forward = annotate(transformer.forward, "denoising_step", clock)
     vae.decode = annotate(vae.decode, "decoding", clock)
     images.postprocess = annotate(images.postprocess, "postprocessing", clock)

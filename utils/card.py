@@ -22,18 +22,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Name this repository's commit, with -dirty when files differ from it."""
+    """Name this repository's commit, with -dirty when tracked files other than results differ."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        name = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+        same = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)results").returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return name + ("" if same else "-dirty") if name else "unknown"
 
 
 def command() -> str:

@@ -1,11 +1,19 @@
 """Write pictures that say how they were made."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from utils import card
+from utils.artifacts import write_atomically
+from utils.errors import UserError
+
+STRIP_EDGE = 256  # pixels of one picture in a strip
 
 
 def save_images(images: list, args, step_cache: dict | None = None) -> list[Path]:
@@ -27,6 +35,32 @@ def save_images(images: list, args, step_cache: dict | None = None) -> list[Path
                 temporary.unlink()
         written.append(path)
     return written
+
+
+def write_strip(images: list, folder: Path) -> str:
+    """Write pictures side by side, at most 256 pixels each, as a PNG named by its content.
+
+    Returns: the file's name; equal pictures share one file.
+    Raises: UserError if the folder cannot be written.
+    """
+    small = [image.copy() for image in images]
+    for image in small:
+        image.thumbnail((STRIP_EDGE, STRIP_EDGE), Image.Resampling.LANCZOS)
+    strip = Image.new("RGB", (sum(i.width for i in small), max(i.height for i in small)))
+    left = 0
+    for image in small:
+        strip.paste(image, (left, 0))
+        left += image.width
+    content = io.BytesIO()
+    strip.save(content, format="PNG", optimize=True)
+    digest = hashlib.sha256(strip.tobytes()).hexdigest()[:12]
+    path = folder / f"{digest}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f"--pictures {folder}: cannot be written ({error.strerror})") from None
+    return path.name
 
 
 def _metadata(args, k: int, step_cache: dict | None):

@@ -21,7 +21,7 @@ QUALITY = {  # what the checkpoint understands -> eight prompts
         "make it yellow",
         "make it small",
         "make it large",
-        "move it to the top left",
+        "turn it into a heart",
     ),
     "pictures": (
         "a lighthouse on a cliff at dawn, oil on canvas",

@@ -155,7 +155,8 @@ def main() -> None:
     results = load(args.results or committed())
     out = args.out or RESULTS
     files = {f"{Path(k).stem}.png": plot(rows) for k, rows in results.items() if has_plot(rows)}
-    files[PAGE] = page(results).encode()
+    folders = {file.name: file.parent for file in args.results or committed()}
+    files[PAGE] = page(results, folders).encode()
     if args.results or args.out:
         texts = (markdown(file, rows) for file, rows in results.items())
         files[MARKDOWN] = ("\n\n".join(texts) + "\n").encode()

@@ -17,14 +17,15 @@ from utils.report_rows import ROOT, device, get, name
 from utils.report_series import Series, series_of
 from utils.report_table import LEGEND, Code, Table, notes, table, title
 
-HERE = Path(__file__).resolve().parent
+HERE, RESULTS = Path(__file__).resolve().parent, ROOT / "results"
 GAINS = (1, 4, 16, 64)
 
 
-def page(results: dict[str, list[dict]], root: Path = ROOT) -> str:
+def page(results: dict[str, list[dict]], folders: dict[str, Path] | None = None) -> str:
     """Render the rows of each results file (by its name) as one page.
 
-    Pictures are read from the paths that rows name, inside `root` and nowhere else.
+    Pictures are read from the paths that rows name, inside their file's folder (results/ where
+    `folders` names none) and nowhere else.
     """
     script = (HERE / "report_page.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -34,7 +35,7 @@ def page(results: dict[str, list[dict]], root: Path = ROOT) -> str:
     )
     body = [f"<nav><ul>{links}</ul></nav>"] if len(results) > 1 else []
     for k, (file, rows) in enumerate(results.items()):
-        body.append(_machine(f"m{k}", file, rows, root))
+        body.append(_machine(f"m{k}", file, rows, (folders or {}).get(file, RESULTS)))
     parts = {
         "BODY": "\n".join(body),
         "SCRIPT": script,
@@ -135,12 +136,12 @@ def _commands(series: Series) -> str:
 def data_uri(path: str, root: Path) -> str:
     """Read a PNG inside root as a data URI; "" if it is none, which stderr is told.
 
-    Results may come from elsewhere, so a path may not lead out of the repository.
+    Results may come from elsewhere, so a path may not lead out of their folder.
     """
     try:
         file = (root / path).resolve()
         if not file.is_relative_to(root.resolve()):
-            raise ValueError("outside the repository")
+            raise ValueError("outside the folder of the results")
         content = file.read_bytes()
         if not content.startswith(b"\x89PNG\r\n\x1a\n"):
             raise ValueError("not a PNG")

@@ -20,7 +20,7 @@ def measure_row(args) -> tuple[dict, object, object]:
     Raises: RuntimeError for a broken picture, a recompilation, or a row that is called lossless and
         is not.
     """
-    from utils import card, peaks, quality, reference, roofline
+    from utils import card, peaks, quality, quality_source, reference, roofline
     from utils.benchmark_utils import StageClock, annotate_pipeline, measure
     from utils.memory import peak_memory, reset_peak_memory, weights_gib
     from utils.pipeline_utils import generate, optimize
@@ -73,13 +73,30 @@ def measure_row(args) -> tuple[dict, object, object]:
         "stages_s": stages,
         "memory_gib": {name.removesuffix("_gib"): round(gib, 3) for name, gib in memory.items()},
         "quality": reference.scores(result, kept, args, prompts),
+        **_strips(args, result, kept["eager"]),
         "roofline": roofline.rows_of(roofline.work_of(args), rates, stages, total.as_dict()),
         "peaks": dataclasses.asdict(rates) if rates else None,
     }
+    if args.random_weights and args.quality_source == "bundled":
+        row["full_size"], row["quality"] = row["quality"], quality_source.measure(args)
     problem = quality.lossless_problem(row["quality"]) if row["lossless"] else ""
     if problem:
         raise RuntimeError(problem)
     return row, pipeline, result
+
+
+def _strips(args, result, eager) -> dict[str, str]:
+    """Keep the quality prompts' pictures and the reference's; random weights' mean nothing.
+
+    The paths are relative to the folder of the results (--pictures is a folder in it).
+    """
+    if not args.pictures or args.random_weights:
+        return {}
+    from utils.images import write_strip
+
+    folder = Path(args.pictures)
+    made = {"pictures": result.images, "reference_pictures": eager.images}
+    return {name: f"{folder.name}/{write_strip(images, folder)}" for name, images in made.items()}
 
 
 def _clocks(states: list[dict]) -> dict:
@@ -92,7 +109,7 @@ def stage_seconds(regions: list[dict[str, list[float]]]) -> dict:
     """Turn the clock's regions of every timed run into one spread per stage.
 
     `postprocessing` contains `pil_conversion`; it is given without it. Units: seconds;
-    `denoising_step` is per step, every other stage per call.
+    `denoising_step` is per step, every other stage per call. `image_encoding` is Kontext's alone.
     """
     from utils.benchmark_utils import Spread
 
@@ -103,6 +120,8 @@ def stage_seconds(regions: list[dict[str, list[float]]]) -> dict:
         title: spread(title)
         for title in ("prompt_encoding", "denoising_step", "decoding", "pil_conversion")
     }
+    if any("image_encoding" in run for run in regions):
+        stages["image_encoding"] = spread("image_encoding")
     post = zip(spread("postprocessing").samples, stages["pil_conversion"].samples, strict=True)
     stages["postprocessing"] = Spread(tuple(whole - pil for whole, pil in post))
     return stages
@@ -116,7 +135,7 @@ def render(row: dict) -> str:
     def spread(title):
         return Spread(tuple(row["stages_s"][title]["samples"]))
 
-    total, scores = Spread(tuple(row["total_s"]["samples"])), row["quality"]
+    total = Spread(tuple(row["total_s"]["samples"]))
     ready = f"load        {row['load_s']:.2f} s, optimize and compile {row['optimize_s']:.2f} s"
     lines = [ready, f"total       {total} s per call", *outliers(total)]
     for title in row["stages_s"]:
@@ -125,31 +144,40 @@ def render(row: dict) -> str:
     lines += card.step_cache(row["step_cache"])
     memory = ", ".join(f"{name} {gib:.2f}" for name, gib in row["memory_gib"].items())
     lines.append(f"memory      {memory} GiB")
-    worst = scores["psnr_db_worst"]
-    against = f"quality     {scores['prompts']} prompts against {scores['reference']}: PSNR "
-    if worst is None:
-        lines.append(against + "identical")
-    else:
-        lines.append(
-            against + f"{scores['psnr_db_mean']:.1f} dB (worst {worst:.1f}; another seed: "
-            f"{scores['other_seed_psnr_db']:.1f}), SSIM {scores['ssim_mean']:.4f}"
-        )
-    if scores["fp32_relative_l2"] is not None:
-        lines.append(
-            f"latents     relative L2 error {scores['latents_relative_l2']:.2e} against eager, "
-            f"{scores['fp32_relative_l2']:.2e} against fp32 (eager itself "
-            f"{scores['eager_fp32_relative_l2']:.2e})"
-        )
-    else:
-        lines.append(
-            f"latents     relative L2 error {scores['latents_relative_l2']:.2e} against eager"
-        )
-    if scores["checker_right"] is not None:
-        lines.append(f"checker     {100 * scores['checker_right']:.0f} % of the pictures right")
+    lines += _quality_lines(row["quality"])
     lines += floors(row["roofline"])
-    if row["call"]["random_weights"]:
+    if own := row.get("full_size"):
+        lines.append(
+            f"full size   random weights: latents' relative L2 error "
+            f"{own['latents_relative_l2']:.2e} against eager; the pictures mean nothing"
+        )
+    elif row["call"]["random_weights"]:
         lines.append("note        random weights: the pictures mean nothing")
     return "\n".join(lines)
+
+
+def _quality_lines(scores: dict) -> list[str]:
+    """Write how far a row is from the reference."""
+    worst, source = scores["psnr_db_worst"], scores.get("quality_source")
+    against = f"quality     {scores['prompts']} prompts against {scores['reference']}"
+    against += f" ({source}): PSNR " if source else ": PSNR "
+    if worst is None:
+        lines = [against + "identical"]
+    else:
+        lines = [
+            against + f"{scores['psnr_db_mean']:.1f} dB (worst {worst:.1f}; another seed: "
+            f"{scores['other_seed_psnr_db']:.1f}), SSIM {scores['ssim_mean']:.4f}"
+        ]
+    error = f"latents     relative L2 error {scores['latents_relative_l2']:.2e} against eager"
+    if scores["fp32_relative_l2"] is not None:
+        error += (
+            f", {scores['fp32_relative_l2']:.2e} against fp32 (eager itself "
+            f"{scores['eager_fp32_relative_l2']:.2e})"
+        )
+    lines.append(error)
+    if scores["checker_right"] is not None:
+        lines.append(f"checker     {100 * scores['checker_right']:.0f} % of the pictures right")
+    return lines
 
 
 def floors(found: dict) -> list[str]:

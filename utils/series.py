@@ -20,6 +20,7 @@ from utils.results import append
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run_benchmark.py"
 OWN_FLAGS = {"--ladder": 0, "--leave_one_out": 0, "--rows": 1, "--rounds": 1, "--results": 1}
+OWN_FLAGS |= {"--pictures": 1}  # beside the results
 MODES = ("compile", "export_aoti")
 
 
@@ -151,14 +152,18 @@ def run_series(args, argv: list[str]) -> int:
                 continue
             print(f"... {row.name}: {command}", flush=True)
             start = time.perf_counter()
-            found = _run(words)
+            found = _run(words, path.parent / "pictures")
             found |= {"row": row.name, "series": name, "position": listed.index(row), "round": turn}
             found["command"] = command
             if found.get("failed"):
                 found |= about  # what the other rows of this series say of call and machine
             else:
                 about = {key: found[key] for key in ("call", "environment")}
-            append(path, [found])
+            try:
+                append(path, [found])
+            except UserError:  # a full disk: the row took minutes, so it is at least shown
+                print(json.dumps(found, ensure_ascii=False), flush=True)
+                raise
             failed += bool(found.get("failed"))
             print(f"    {_summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
     print(f"rows are in {path}; python -m utils.report renders them")
@@ -218,11 +223,10 @@ def _finished(path: Path, turn: int) -> set[str]:
     }
 
 
-def _run(words: list[str]) -> dict:
-    """Run one row; a row that fails is a row with its reason."""
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), *words], cwd=SCRIPT.parent, capture_output=True, text=True
-    )
+def _run(words: list[str], pictures: Path) -> dict:
+    """Run one row, its pictures kept; a row that fails is a row with its reason."""
+    command = [sys.executable, str(SCRIPT), *words, "--pictures", str(pictures.absolute())]
+    process = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
     lines = process.stdout.strip().splitlines()
     if process.returncode == 0 and lines:
         try:

@@ -24,7 +24,7 @@ from utils.layers import (
 
 STAGES = {  # as run_benchmark.py names them -> what runs in it
     "prompt_encoding": ("clip", "t5"),
-    "image_encoding": ("vae_encoder",),  # Kontext's image; not timed as a stage of its own
+    "image_encoding": ("vae_encoder",),  # Kontext's image
     "denoising_step": ("transformer",),
     "decoding": ("vae_decoder",),
 }
