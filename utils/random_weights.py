@@ -2,8 +2,13 @@
 
 The architectures are those of the published configs; every parameter is drawn from one seeded
 generator on the device, scaled by its fan-in so that activations stay finite and of order one
-through all blocks. The tokenizers are the bundled ones: their ids are few, the shapes are the same.
-Pictures made this way mean nothing, and every output says so.
+through all blocks. As in trained FLUX.1, a few channels stand far out, the same in every block, so
+that what quantisation loses is not flattered: that is drawn into the modulation. The tokenizers are
+the bundled ones: their ids are few, the shapes are the same. Pictures made this way mean nothing,
+and every output says so.
+
+Source: Yang et al. 2025, arXiv:2508.03485, for FLUX.1's "salient outliers ... concentrated in
+specific channels"; how many and how far is our choice (OUTLIERS).
 """
 
 from pathlib import Path
@@ -58,6 +63,8 @@ SCHEDULER = {
     },
 }
 SCHEDULER["kontext"] = SCHEDULER["dev"]
+OUTLIERS, OUTLIER_SCALE = 384, 24.0  # one channel in 384 (8 of FLUX.1's 3,072), 24 times as large
+SCALES = {6: (1, 4), 3: (1,), 2: (0,)}  # parts of a modulation -> which of them are scales
 
 
 def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
@@ -128,6 +135,7 @@ def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
     for part in parts.values():
         part.eval().requires_grad_(False)
         _fill(part, generator)
+    _let_channels_stand_out(parts["transformer"])
     clip_tokenizer, t5_tokenizer = _tokenizers(checkpoint.path)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
         configs_of(checkpoint)["scheduler"]
@@ -170,3 +178,19 @@ def _fill(module, generator) -> None:
             if ".norm" in name and name.endswith("linear.weight"):
                 std *= 0.5
             parameter.normal_(0, std, generator=generator)
+
+
+def _let_channels_stand_out(transformer) -> None:
+    """Enlarge evenly spaced channels behind every modulated norm, so at the products' inputs.
+
+    The norms are followed by x * (1 + scale) + shift, so it is the scale's bias that grows.
+    """
+    import torch
+
+    width = transformer.inner_dim
+    channels = torch.arange(OUTLIERS // 2, max(width, OUTLIERS), OUTLIERS) % width
+    with torch.no_grad():
+        for name, module in transformer.named_modules():
+            if "norm" in name and name.endswith(".linear"):
+                for part in SCALES[module.out_features // width]:
+                    module.bias[channels + part * width] += OUTLIER_SCALE - 1
