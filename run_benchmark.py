@@ -25,6 +25,7 @@ def parse_arguments():
         action="store_true",
         help="compare latents with fp32 as well (always for the bundled checkpoints)",
     )
+    add("--clip_score", metavar="CLIP", help="score pictures by this CLIP (folder, or on the hub)")
     add("--trace-file", help="Chrome trace of one more run; gzip if it ends in .gz")
     add("--measure_ceilings", action="store_true", help="this machine's own peaks, not a sheet's")
     add("--kernel_table", action="store_true", help="where the time of one more run goes")

@@ -1,10 +1,47 @@
-"""Random weights: activations of 57 blocks as a quantiser meets them in the trained FLUX.1."""
+"""Full-size FLUX.1 without its weights: the right architecture, and activations that behave."""
 
 import pytest
 import torch
+from conftest import make_args
 from diffusers import FluxTransformer2DModel
 
-from utils import random_weights
+from utils import quality, random_weights
+from utils.pipeline_utils import load_pipeline
+from utils.random_weights import modules
+
+
+def parameters(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "transformer"),
+    [
+        ("black-forest-labs/FLUX.1-schnell", 11_891_178_560),
+        ("black-forest-labs/FLUX.1-dev", 11_901_408_320),
+    ],
+)
+def test_parameter_counts_are_those_of_the_published_checkpoints(ckpt, transformer, roomy):
+    args = make_args("--ckpt", ckpt, "--random_weights", "--device", "cpu")
+    parts = modules(args.checkpoint, torch.bfloat16, "meta")
+    assert parameters(parts["transformer"]) == transformer
+    assert parameters(parts["vae"]) == 83_819_683
+    assert parameters(parts["vae"].decoder) == 49_545_475
+    assert parameters(parts["text_encoder"]) == 123_060_480
+    assert parameters(parts["text_encoder_2"]) == 4_762_310_656
+    assert {p.dtype for part in parts.values() for p in part.parameters()} == {torch.bfloat16}
+
+
+def test_random_pipelines_draw_the_same_finite_noise_for_the_same_seed():
+    args = make_args("--random_weights", "--ckpt", "tiny-schnell", "--device", "cpu")
+    first = quality.run(load_pipeline(args), args)
+    again = quality.run(load_pipeline(args), args)
+    assert torch.equal(first.latents, again.latents)
+    assert 0.1 < first.latents.std() < 10
+    other = make_args(
+        "--random_weights", "--ckpt", "tiny-schnell", "--device", "cpu", "--seed", "1"
+    )
+    assert not torch.equal(first.latents, quality.run(load_pipeline(other), other).latents)
 
 
 @pytest.fixture(scope="module")

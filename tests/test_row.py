@@ -9,6 +9,7 @@ from PIL import Image
 
 from utils import kernel_table, quality, reference, row
 from utils.benchmark_utils import Spread
+from utils.errors import UserError
 from utils.memory import weights_gib
 from utils.pipeline_utils import generate, load_pipeline
 from utils.prompts import QUALITY, quality_prompts
@@ -192,3 +193,34 @@ def test_random_weights_show_the_quality_of_the_trained_checkpoint(kind, tmp_pat
     text = row.render(found)
     assert f"(tiny-{kind} at 128x128" in text and "full size   random weights" in text
     assert not problem(found)
+
+
+def test_clip_scores_come_from_the_clip_that_is_named(tmp_path, run):
+    """An untrained CLIP in transformers' layout: scores mean nothing, their path is real."""
+    import shutil
+
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    args, pipeline = run
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    size["num_attention_heads"] = 2
+    words = size | {"vocab_size": len(pipeline.tokenizer)}
+    words["eos_token_id"] = pipeline.tokenizer.eos_token_id
+    seen = size | {"image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=words, vision_config=seen, projection_dim=16)
+    CLIPModel(config).save_pretrained(tmp_path)
+    shrink = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(shrink, pipeline.tokenizer).save_pretrained(tmp_path)
+    prompts = quality_prompts(args)[:2]
+    kept, _ = reference.load_or_make(pipeline, args, prompts, with_fp32=True)
+    scored = copy.copy(args)
+    scored.clip_score = str(tmp_path)
+    found = reference.scores(kept["eager"], kept, scored, prompts)
+    assert found["clip_score"] == found["eager_clip_score"] != 0
+    assert "clip_score" not in reference.scores(kept["eager"], kept, args, prompts)
+    swapped = quality.clip_score(kept["eager"].images[::-1], prompts, str(tmp_path))
+    assert swapped != found["clip_score"]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match=r"--clip_score .*: no CLIP that can be loaded"):
+        quality.clip_score(kept["eager"].images, prompts, str(tmp_path))

@@ -105,6 +105,30 @@ def ssim(image, reference) -> float:
     return float(structural_similarity_index_measure(a, b, data_range=255.0))
 
 
+def clip_score(images: list, prompts: list[str], clip: str) -> float:
+    """Give 100 times the cosine between pictures and prompts as a CLIP sees them, on average.
+
+    Raises: UserError if `clip` is no CLIP in transformers' layout that can be had here.
+    Source: Hessel et al. 2021, arXiv:2104.08718
+    """
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    from utils.errors import UserError
+
+    try:
+        model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"--clip_score {clip}: no CLIP that can be loaded ({why})") from None
+    inputs = processor(
+        text=prompts, images=images, return_tensors="pt", padding=True, truncation=True
+    )
+    with torch.no_grad():
+        seen = model.eval()(**inputs)
+    return round(100 * float((seen.image_embeds * seen.text_embeds).sum(-1).mean()), 3)
+
+
 def relative_l2(value, reference) -> float:
     """Give the norm of the difference over the norm of the reference."""
     return float((value - reference).norm() / reference.norm())

@@ -130,6 +130,9 @@ def scores(result: quality.Result, reference: dict, args, prompts: list[str]) ->
     for name, value in (("fp32_relative_l2", result), ("eager_fp32_relative_l2", eager)):
         found[name] = fp32 and quality.relative_l2(value.latents, fp32.latents)
     found["checker_right"] = checker_share(result.images, args, prompts)
+    if clip := getattr(args, "clip_score", None):
+        found["clip_score"] = quality.clip_score(result.images, prompts, clip)
+        found["eager_clip_score"] = quality.clip_score(eager.images, prompts, clip)
     dtype = str(args.dtype).removeprefix("torch.")
     found["reference"] = f"{dtype} eager" + (", fp32 eager" if fp32 else "")
     return found

@@ -22,7 +22,7 @@ _WORK = {"*": float, "bound": str}
 _SCORES = (
     "prompts psnr_db_mean psnr_db_worst identical_images images ssim_mean ssim_worst "
     "latents_relative_l2 latents_cosine other_seed_psnr_db fp32_relative_l2 "
-    "eager_fp32_relative_l2 checker_right"
+    "eager_fp32_relative_l2 checker_right clip_score eager_clip_score"
 )
 _CALL = "height width num_inference_steps guidance_scale max_sequence_length num_images_per_prompt"
 _SHAPE = {

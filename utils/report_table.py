@@ -14,9 +14,10 @@ LEGEND = (
     "row eager. PSNR and SSIM are those of the worst picture against bf16 eager with the same "
     "seed; in brackets, how far that PSNR stands above the PSNR of another seed. The latents' "
     "error is relative (L2), where it was measured from fp32, in brackets over bf16 eager's own; "
-    "lossless allows 1.25. Peak memory is the device's, on a CPU the process's. Over floor is the "
-    "time over the least that the machine's peak rates allow, MFU the share of its peak "
-    "arithmetic. Ready after is loading, optimising and compiling."
+    "lossless allows 1.25. A CLIP score stands beside its distance from eager's. Peak memory is "
+    "the device's, on a CPU the process's. Over floor is the time over the least that the "
+    "machine's peak rates allow, MFU the share of its peak arithmetic. Ready after is loading, "
+    "optimising and compiling."
 )
 
 
@@ -118,6 +119,11 @@ def _checker(row: dict) -> str:
     return MISSING if right is None else f"{100 * right:.0f} %"
 
 
+def _clip(row: dict) -> str:
+    found, eager = (get(row, "quality", k) for k in ("clip_score", "eager_clip_score"))
+    return MISSING if None in (found, eager) else f"{found:.2f} ({found - eager:+.2f})"
+
+
 def loss(row: dict) -> str:
     """Say whether a row is lossless or lossy."""
     return {True: "lossless", False: "lossy"}.get(row.get("lossless"), MISSING)
@@ -165,6 +171,7 @@ def table(series: Series) -> Table:
         ("PSNR, dB / SSIM", _psnr),
         ("latents' error", _latents),
         ("checker", _checker),
+        ("CLIP score", _clip),
         ("picture", loss),
         ("peak, GiB", _peak),
         ("over floor / MFU", _floor),

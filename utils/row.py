@@ -177,6 +177,10 @@ def _quality_lines(scores: dict) -> list[str]:
     lines.append(error)
     if scores["checker_right"] is not None:
         lines.append(f"checker     {100 * scores['checker_right']:.0f} % of the pictures right")
+    if "clip_score" in scores:
+        lines.append(
+            f"CLIP score  {scores['clip_score']:.2f} (eager: {scores['eager_clip_score']:.2f})"
+        )
     return lines
 
 
