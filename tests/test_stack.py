@@ -129,7 +129,8 @@ def test_everything_together_with_float8_and_aoti(reference, float8_on_cpu, tmp_
         *PROMPT, "--compile_export_mode", "export_aoti", "--cache-dir", str(tmp_path / "packages")
     )
     on = {name for name, verdict in args.plan.items() if verdict.is_on}
-    assert on == {step.NAME for step in STEPS} - {"cache_dit", "compile"}
+    opt_in = {"cache_dit", "modulation"}
+    assert on == {step.NAME for step in STEPS} - opt_in - {"compile"}
     scores = distance(pipeline, args, reference(*PROMPT))
     assert scores["psnr"] > 30, scores
     assert scores["latents_relative_l2"] < 0.1, scores

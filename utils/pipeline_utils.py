@@ -14,6 +14,7 @@ from utils.steps import (
     fa3,
     fused_projections,
     inductor_tuning_flags,
+    modulation,
     quant,
 )
 
@@ -22,6 +23,7 @@ STEPS = (
     fa3,  # calls the projections, fused or not
     channels_last,  # compilation specialises on strides
     cache_dit,  # wraps the blocks that are compiled below
+    modulation,  # takes linear layers out of the blocks before they are quantised
     quant,  # after fusion, so that each fused matrix is quantised once
     inductor_tuning_flags,  # read when the compiler runs
     compile,  # freezes everything above ...
