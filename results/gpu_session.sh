@@ -25,8 +25,8 @@ row() {
   local limit=$1 name=$2 start=$SECONDS
   shift 2
   echo "=== $name: run_benchmark.py $*"
-  if timeout -k 5 "$limit" python3 run_benchmark.py --random_weights "$@" >"$OUT/last.txt" 2>&1; then
-    tail -n 1 "$OUT/last.txt" >>"$OUT/rows.jsonl"
+  if timeout -k 5 "$limit" python3 run_benchmark.py $FAST --results "$OUT/rows.jsonl" "$@" \
+    >"$OUT/last.txt" 2>&1; then
     grep -E "^(load|total|memory|quality|  [a-z_]+ +[0-9])" "$OUT/last.txt"
   else
     echo "FAILED ($?)"
@@ -36,6 +36,18 @@ row() {
   echo "--- $((SECONDS - start)) s"
 }
 
+# series SECONDS FLAGS...: a ladder or leave-one-out; rows that are done stay when the time is up
+series() {
+  local limit=$1 start=$SECONDS
+  shift
+  echo "=== run_benchmark.py $*"
+  timeout -k 5 "$limit" python3 run_benchmark.py --results "$OUT/rows.jsonl" "$@" 2>&1 |
+    tee -a "$OUT/log.txt" | cut -c1-200
+  echo "--- $((SECONDS - start)) s"
+}
+
+# Full size, random weights: speed, memory, the latents' error against eager; pictures by part tiny
+FAST="--random_weights --quality_source none --quality_prompts 2"
 EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --compile_export_mode disabled"
 BLOCKS="--compile_export_mode compile --compile_scope blocks"
 FULL="--compile_export_mode compile --compile_scope full"
@@ -49,11 +61,15 @@ for part in "$@"; do
   case $part in
     correct) # every GPU path against its plain twin
       timeout 420 python3 -m pytest -m gpu -p no:cacheprovider tests 2>&1 | tee "$OUT/pytest.txt" | tail -n 30 ;;
+    tiny) # what the steps do to pictures: the trained checkpoints, on this GPU
+      series 280 --ladder --ckpt tiny-schnell --compile_scope blocks --num_runs 20
+      series 280 --ladder --ckpt tiny-dev --compile_scope blocks --rows eager,fa3,quant,compile ;;
     schnell) # the ladder, cheapest compile first
-      row 120 eager $SCHNELL $EAGER
-      row 120 lossless-eager $SCHNELL --disable_quant --compile_export_mode disabled
+      series 560 --ladder $SCHNELL $FAST --compile_scope blocks --measure_ceilings \
+        --rows eager,fused_projections,fa3,channels_last,quant,compile,inductor_tuning_flags ;;
+    schnell-trace) # what stands between the default and its floor
       row 150 lossless-blocks $SCHNELL --disable_quant $BLOCKS
-      row 150 fp8-blocks $SCHNELL $BLOCKS --trace-file "$OUT/schnell-fp8-blocks.json.gz" ;;
+      row 150 fp8-blocks $SCHNELL $BLOCKS --kernel_table --trace-file "$OUT/schnell.json.gz" ;;
     schnell-full) # what whole-graph compilation adds, and what it costs
       row 300 fp8-full $SCHNELL $FULL
       row 280 lossless-full $SCHNELL --disable_quant $FULL ;;
@@ -61,25 +77,28 @@ for part in "$@"; do
       row 420 fp8-aoti $SCHNELL $AOTI
       row 120 fp8-aoti-warm $SCHNELL $AOTI --use-cached-model ;;
     dev)
-      row 150 eager $DEV $EAGER --num_runs 5
-      row 150 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5
-      row 150 fp8-blocks $DEV $BLOCKS --num_runs 5 ;;
+      row 180 eager $DEV $EAGER --num_runs 5
+      row 180 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5
+      row 180 fp8-blocks $DEV $BLOCKS --num_runs 5 --kernel_table ;;
     dev-cache) # compiled blocks without graphs, reused steps; the pattern stands in the row
-      row 150 bf16-cache $DEV --disable_quant $CACHE --num_runs 5
-      row 150 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$OUT/dev-cache.json.gz" ;;
+      row 180 bf16-cache $DEV --disable_quant $CACHE --num_runs 5
+      row 180 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$OUT/dev-cache.json.gz" ;;
     kontext)
-      row 150 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
-      row 150 lossless-blocks $KONTEXT --disable_quant $BLOCKS --num_runs 3 --num_warmup 1
-      row 150 fp8-blocks $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1
-      row 120 fp8-cache $KONTEXT $CACHE --num_runs 3 --num_warmup 1 ;;
+      row 180 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
+      row 180 lossless-blocks $KONTEXT --disable_quant $BLOCKS --num_runs 3 --num_warmup 1
+      row 180 fp8-blocks $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1 ;;
     leave-one-out) # each step's own worth inside the fastest quick stack
-      for flag in --disable_fused_projections --disable_fa3 --disable_channels_last \
-        --disable_inductor_tuning_flags "--fa3_dtype bf16" "--quant_granularity tensor" \
-        "--quant_filter all"; do
-        row 120 "without: $flag" $SCHNELL $BLOCKS $flag
+      series 560 --leave_one_out $SCHNELL $FAST $BLOCKS ;;
+    variants) # settings of a step against each other
+      for flag in "--fa3_dtype bf16" "--quant_granularity tensor" "--quant_filter all"; do
+        row 140 "$flag" $SCHNELL $BLOCKS $flag
       done ;;
     sizes)
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;
   esac
 done
+# few files come back, so the pictures travel as one
+if [ -d "$OUT/pictures" ]; then
+  tar -czf "$OUT/pictures.tar.gz" -C "$OUT" pictures && rm -r "$OUT/pictures"
+fi
