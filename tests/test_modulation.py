@@ -13,8 +13,9 @@ from utils.calls import only_known_calls
 from utils.cudagraph import wrap_components
 from utils.errors import UserError
 from utils.kernels.modulation import Constants, hoist
+from utils.layers import total
 from utils.pipeline_utils import generate
-from utils.work import TRANSFORMER, Precision, transformer
+from utils.roofline import work_of
 
 FLAG = "--modulation_once"
 TIMESTEPS = torch.tensor([1000.0, 752.3, 500.0, 250.1, 3.7])
@@ -89,16 +90,28 @@ def test_a_row_is_a_view_of_the_table():
     assert row.data_ptr() % 16 == 0  # what compiled code expects of its inputs
 
 
-def test_what_a_step_reads_less_at_full_size():
-    """Show where the docstrings' numbers come from."""
-    layers = transformer(TRANSFORMER | {"guidance_embeds": True}, 1, 4096, 512, Precision())
-    adaln = [layer for layer in layers if "AdaLN" in layer.name]
+def test_what_a_call_reads_less_at_full_size(roomy):
+    """Show where the docstrings' numbers come from, and what the roofline makes of the step."""
+    where = ("--random_weights", "--ckpt", "black-forest-labs/FLUX.1-dev")
+    plain, ours = (work_of(make_args("--device", "cpu", *where, *f)) for f in ((), (FLAG,)))
+    adaln = [layer for layer in plain.stage("denoising_step") if "AdaLN" in layer.name]
     width = sum(layer.count * layer.parameters for layer in adaln) // (3072 + 1)
     assert width == 344 * 3072
     assert 56 < 28 * width * 2 / 2**20 < 57  # MiB: the table of Dev's 28 steps
-    read = sum(layer.count * layer.bytes for layer in layers if layer.kind == "modulation")
+    read = total(plain.stage("denoising_step"), "bytes", "modulation")
     assert 6.4e9 < read < 6.6e9
     assert read / 4.8e12 == pytest.approx(1.36e-3, rel=0.01)  # s, at an H200's 4.8 TB/s
+    once = ours.stage("before_the_loop")
+    assert total(ours.stage("denoising_step"), "bytes", "modulation") == 0
+    assert total(once, "bytes", "modulation") < 1.02 * read  # for all steps
+    assert total(once, "flop", "modulation") == 28 * total(adaln_and_mlps(plain), "flop")
+    assert total(once, "parameters") + total(ours.stage("denoising_step"), "parameters") == total(
+        plain.stage("denoising_step"), "parameters"
+    )
+
+
+def adaln_and_mlps(work) -> list:
+    return [layer for layer in work.stage("denoising_step") if layer.kind == "modulation"]
 
 
 def test_blocks_share_one_compilation():

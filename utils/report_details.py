@@ -9,6 +9,7 @@ from utils.report_table import MISSING, si, significant, spread
 STAGES = (  # in the order of a call; what is not listed comes last
     "prompt_encoding",
     "image_encoding",
+    "before_the_loop",
     "denoising_step",
     "decoding",
     "postprocessing",

@@ -131,6 +131,7 @@ def call_of(args) -> Call:
         prompts=prompts,
         images=prompts * args.num_images_per_prompt,
         reference=None if image is None else (image.height, image.width),
+        modulation_once=args.modulation_once,
     )
 
 

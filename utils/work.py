@@ -25,6 +25,7 @@ from utils.layers import (
 STAGES = {  # as run_benchmark.py names them -> what runs in it
     "prompt_encoding": ("clip", "t5"),
     "image_encoding": ("vae_encoder",),  # Kontext's image
+    "before_the_loop": ("constants",),  # what step `modulation` takes out of it; not timed
     "denoising_step": ("transformer",),
     "decoding": ("vae_decoder",),
 }
@@ -40,6 +41,7 @@ TRANSFORMER = {  # FluxTransformer2DModel's own defaults: FLUX.1's sizes
     "guidance_embeds": False,
 }
 MLP_RATIO = 4  # of the transformer's blocks; not in its config
+CONSTANT = ("txt in", "RoPE table")  # of the transformer: the same in every step
 SINUSOID = 256  # channels of timestep and guidance before their MLPs; not in its config
 
 
@@ -54,6 +56,7 @@ class Call:
     prompts: int = 1
     images: int = 1  # of all prompts together
     reference: tuple[int, int] | None = None  # height and width of Kontext's image, pixels
+    modulation_once: bool = False  # before the loop, for all steps
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,18 @@ def transformer(config: dict, batch: int, image: int, text: int, precision: Prec
         *place("single blocks", config["num_single_layers"], single),
         *place("output", 1, last),
     ]
+
+
+def parted(config: dict, call: Call, image: int, precision: Precision) -> tuple[list, list]:
+    """List the transformer's layers that run once before the loop, and those of each step."""
+    step = transformer(config, call.images, image, call.text_tokens, precision)
+    if not call.modulation_once:
+        return [], step
+    once = [layer for layer in step if layer.name in CONSTANT]
+    at_once = transformer(config, call.images * call.steps, image, call.text_tokens, precision)
+    once += [layer for layer in at_once if layer.kind == "modulation"]
+    names = {(layer.part, layer.name) for layer in once}
+    return once, [layer for layer in step if (layer.part, layer.name) not in names]
 
 
 def t5(config: dict, batch: int, tokens: int, base: str) -> list[Layer]:
@@ -314,13 +329,13 @@ def count(configs: dict[str, dict], call: Call, precision: Precision) -> Work:
     size, reference = (call.height, call.width), call.reference
     image = image_tokens(vae, size) + (image_tokens(vae, reference) if reference else 0)
     latents = (size[0] // shrink, size[1] // shrink)
+    once, step = parted(configs["transformer"], call, image, precision)
     layers = {
         "clip": clip(configs["text_encoder"], call.prompts, base),
         "t5": t5(configs["text_encoder_2"], call.prompts, call.text_tokens, base),
         "vae_encoder": vae_encoder(vae, 1, reference, base) if reference else [],
-        "transformer": transformer(
-            configs["transformer"], call.images, image, call.text_tokens, precision
-        ),
+        "constants": once,
+        "transformer": step,
         "vae_decoder": vae_decoder(vae, call.images, latents, base),
     }
     return Work(call, {name: tuple(found) for name, found in layers.items()})
