@@ -12,6 +12,7 @@ from utils.steps import (
     compile,
     export_aoti,
     fa3,
+    fused_kernels,
     fused_projections,
     inductor_tuning_flags,
     modulation,
@@ -21,6 +22,7 @@ from utils.steps import (
 STEPS = (
     fused_projections,  # fused matrices must exist before anything reads them
     fa3,  # calls the projections, fused or not
+    fused_kernels,  # feeds the attention op above and the float8 products below
     channels_last,  # compilation specialises on strides
     cache_dit,  # wraps the blocks that are compiled below
     modulation,  # takes linear layers out of the blocks before they are quantised

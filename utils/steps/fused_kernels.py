@@ -1,0 +1,116 @@
+"""Triton kernels for what stands between the products: norm, modulation, GELU, RoPE, float8 casts.
+
+Off unless asked for: unmeasured. Inductor already makes one kernel of a norm, its modulation and
+the row's float8 cast; what it cannot do is to write both streams' Q and K into one layout together
+with the cast, to know Q's and K's scale without a pass over them, and to quantise
+[attention, gelu(MLP)] without writing it in bf16 first. Counting bytes that is some 5 % of a float8
+step of FLUX.1 and 1 % in bf16; results/TODO.md has the run that decides.
+
+After `fa3`, whose attention op it feeds, and with or without fused projections. Before `quant`,
+which finds the same Linears under the same names: with one scale per row they then take inputs that
+are quantised already, otherwise torchao quantises as before.
+"""
+
+from utils.hardware import Machine
+from utils.steps import Verdict, off, on, quant, refused, unavailable
+
+NAME = "fused_kernels"
+AFTER = ("fused_projections", "fa3")
+
+
+def add_flags(parser) -> None:
+    """Add the flag that turns the step on: unmeasured, so it is off by default."""
+    parser.add_argument(
+        "--fused_kernels",
+        action="store_true",
+        help="Triton kernels between the products of a block (unmeasured, so off by default)",
+    )
+
+
+def lacking(machine: Machine) -> str:
+    """Say why a machine cannot run the kernels; "" if it can."""
+    capability = machine.capability or (0, 0)
+    if machine.is_cuda and capability >= (8, 9):  # the first with float8 casts
+        return ""
+    return f"needs an NVIDIA GPU of capability 8.9 or newer, found {machine.short()}"
+
+
+def triton_problem() -> str:
+    """Import triton: what was found instead of a usable one; "" if nothing is wrong."""
+    try:
+        import triton.language  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "no module triton"
+        return f"triton is installed but broken: {error}"
+    except Exception as error:  # a build for another machine fails in many ways
+        return f"triton is installed but broken: {type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def check(args) -> Verdict:
+    """Say what the step will do in this run."""
+    if not args.fused_kernels:
+        return off("no --fused_kernels")
+    reason = lacking(args.machine)
+    if reason:
+        return unavailable(reason)
+    if args.disable_fa3:
+        return refused(
+            "--fused_kernels: writes queries, keys and values for the attention op of fa3, found "
+            "--disable_fa3; leave out one of the two"
+        )
+    problem = triton_problem()
+    if problem:
+        return refused(
+            f"--fused_kernels: found {problem}; expected the triton that belongs to torch: "
+            "pip install triton, or leave out --fused_kernels"
+        )
+    return on(float8=args.quant_granularity == "row" and quant.check(args).is_on)
+
+
+def apply(pipeline, args) -> None:
+    """Give every block of the transformer the forward over the kernels; weights stay.
+
+    Raises: UserError if a block is not diffusers' own, or there is no processor of step fa3.
+    """
+    from diffusers.models.transformers import transformer_flux
+
+    from utils.errors import UserError
+    from utils.kernels import fused_blocks
+    from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
+
+    transformer = pipeline.transformer
+    wanted = {
+        transformer_flux.FluxTransformerBlock: fused_blocks.FusedFluxTransformerBlock,
+        transformer_flux.FluxSingleTransformerBlock: fused_blocks.FusedFluxSingleTransformerBlock,
+    }
+    chosen = set()
+    if args.plan[NAME].settings["float8"]:
+        settings = args.plan[quant.NAME].settings
+        chosen = set(quant.select(transformer, settings["granularity"], settings["filter"])[0])
+    for part in quant.BLOCKS:
+        for index, block in enumerate(getattr(transformer, part)):
+            name = f"{part}.{index}"
+            found = type(block), type(block.attn.processor)
+            if found[0] not in wanted or found[1] is not FlashFusedFluxAttnProcessor3_0:
+                names = " with ".join(kind.__name__ for kind in found)
+                raise UserError(
+                    f"--fused_kernels: found {names} at {name}, expected FLUX's own block with the "
+                    "processor of fa3; leave out --fused_kernels"
+                )
+            block.__class__ = wanted[found[0]]
+            block.float8 = _linears(block, name) <= chosen
+    # By these names regional compilation finds the blocks
+    transformer._repeated_blocks = [kind.__name__ for kind in wanted.values()]
+
+
+def _linears(block, name: str) -> set[str]:
+    """Name a block's Linears without modulation."""
+    import torch
+
+    return {
+        f"{name}.{inner}"
+        for inner, module in block.named_modules()
+        if isinstance(module, torch.nn.Linear) and not inner.startswith("norm")
+    }
