@@ -93,6 +93,12 @@ for part in "$@"; do
       for flag in "--fa3_dtype bf16" "--quant_granularity tensor" "--quant_filter all"; do
         row 140 "$flag" $SCHNELL $BLOCKS $flag
       done ;;
+    modulation) # all steps' modulation before the loop: with and without, taking turns
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $DEV $BLOCKS --num_runs 5
+        row 145 "fp8-blocks-modulation $turn" $DEV $BLOCKS --num_runs 5 --modulation_once \
+          --trace-file "$OUT/dev-modulation.json.gz"
+      done ;;
     sizes)
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;

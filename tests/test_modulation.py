@@ -223,6 +223,19 @@ def test_with_float8_the_moved_layers_follow_the_filter(which, reference, float8
     assert worst_db(generate(pipeline, args), reference(*SHORT).images) > 28
 
 
+@pytest.mark.parametrize("images", ["1", "2"])
+def test_with_fused_kernels_the_blocks_take_the_same_row(images, reference, monkeypatch):
+    """Their blocks ask the norms for the vectors as diffusers' do."""
+    from utils.steps import fused_kernels
+
+    monkeypatch.setattr(fused_kernels, "lacking", lambda machine: "")
+    flags = (*SHORT, "--num_images_per_prompt", images, "--disable_bf16")
+    pipeline, args = optimized(*flags, FLAG, "--fused_kernels", "--disable_quant")
+    assert args.plan["fused_kernels"].is_on and args.plan["modulation"].is_on
+    found = quality.run(pipeline, args).latents
+    assert quality.relative_l2(found, reference(*flags).latents) < 2e-5  # measured 6.5e-7
+
+
 def test_a_step_cache_is_refused_before_any_weight():
     cache = ("--cache_dit_config", "cache_config.yaml")
     with pytest.raises(UserError, match="--modulation_once: a step cache calls the blocks itself"):

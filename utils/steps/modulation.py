@@ -6,7 +6,7 @@ never asks the device for a number; the modules are in utils/kernels/modulation.
 same products, of more rows at a time, so that sums may be ordered otherwise.
 
 Unmeasured on a GPU, and therefore off by default. What it may save of FLUX.1 in bf16 is reading
-6.5 GB in all steps but one, 1.3 ms each at 4.8 TB/s. The products before the loop are part of a
+6.5 GB in all steps but one, 1.4 ms each at 4.8 TB/s. The products before the loop are part of a
 call's total, not of `denoising_step`.
 """
 
