@@ -99,6 +99,12 @@ for part in "$@"; do
         row 145 "fp8-blocks-modulation $turn" $DEV $BLOCKS --num_runs 5 --modulation_once \
           --trace-file "$OUT/dev-modulation.json.gz"
       done ;;
+    fused-kernels) # our kernels between the products, beside the same stack without
+      row 140 fp8-blocks $SCHNELL $BLOCKS
+      row 140 fp8-blocks-fused-kernels $SCHNELL $BLOCKS --fused_kernels
+      row 150 fp8-blocks $DEV $BLOCKS --num_runs 5
+      row 150 fp8-blocks-fused-kernels $DEV $BLOCKS --num_runs 5 --fused_kernels \
+        --trace-file "$OUT/dev-fused-kernels.json.gz" ;;
     sizes)
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;

@@ -18,8 +18,9 @@ ROWS = [(1, 5, 256), (2, 7, 3072), (3, 1, 200)]  # B, S, D; the last is no power
 HEADS = [(1, 0, 5, 2), (2, 3, 5, 3), (2, 7, 1, 24)]  # B, T, S, H; heads of 128
 # Worst row or head: one rounding to bf16 (measured up to 0.0033), and to e4m3 (up to 0.044)
 BF16_TOLERANCE, FP8_TOLERANCE = 2**-8, 0.05
-# Q and K far below RMSNorm's eps come out small against the bound that sets their scale
-TINY_TOLERANCE = 0.15  # measured 0.097
+# Q and K below RMSNorm's eps are small against the bound that sets their scale: half of e4m3's
+# smallest step, 2**-10 * sqrt(128) / 448 of the largest weight
+TINY_TOLERANCE = 2**-15
 TIES = 1e-3  # fraction of values that may differ from the twin's: sums of another order
 
 
@@ -127,7 +128,7 @@ def of_rows(kind: str, shape, run=modulate.launch_norm_modulate, device="cpu") -
             outputs, twins = run(*inputs), modulate.plain_norm_modulate(*inputs)
             if residual:
                 ((hidden, *outputs), (expected, *twins)) = outputs, twins
-                assert torch.equal(hidden, expected)
+                assert differing(hidden, expected) < TIES  # a GPU multiplies and adds at once
             found.append(about | _compare(outputs, twins, truth, float8))
     return found
 
@@ -146,7 +147,7 @@ def of_gelu(kind: str, shape, run=modulate.launch_gelu_quantize, device="cpu") -
 def _compare(outputs, twins, truth, float8) -> dict:
     out = outputs[0].float() * outputs[1] if float8 else outputs[0]
     if float8:
-        torch.testing.assert_close(outputs[1], twins[1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(outputs[1], twins[1], rtol=2**-7, atol=0)  # a tie in bf16
     return {
         "float8": float8,
         "error": row_error(out, truth),
@@ -167,12 +168,17 @@ def of_heads(kind: str, case, run=norm_rope.launch_norm_rope, device="cpu") -> l
             for descale, expected in zip(outputs[3:], twins[3:], strict=True):
                 torch.testing.assert_close(descale, expected, rtol=1e-5, atol=0)
         for i, (name, value) in enumerate(zip("qkv", values, strict=False)):
+            error = max(head_errors(value, truth[i]))
+            if float8 and kind == "tiny" and i < 2:
+                largest = torch.stack(inputs[2][i::2]).abs().max().item()
+                beyond = (value.double() - truth[i]).abs() - truth[i].abs() / 16
+                error = beyond.max().item() / largest
             found.append(
                 {
                     "kernel": f"norm_rope {name}",
                     "kind": kind,
                     "float8": float8,
-                    "error": max(head_errors(value, truth[i])),
+                    "error": error,
                     "differs": differing(outputs[i], twins[i]),
                 }
             )

@@ -104,9 +104,19 @@ def test_compiled_for_hopper_without_spills(kernel, constants, warps, registers,
     assert int(re.search(r"Used (\d+) registers", said)[1]) <= registers, said
 
 
-def ready(dtype=torch.bfloat16, float8=False, fused=True, kernels=True):
-    """Give a pipeline's parts with every structural step, the fused kernels on or off."""
-    pipe, attention = pipeline(dtype), on(backend="sdpa", dtype="fp8" if float8 else "bf16")
+def ready(
+    dtype=torch.bfloat16,
+    float8=False,
+    fused=True,
+    kernels=True,
+    float8_attention=True,
+    device="cpu",
+):
+    """Give a transformer with every structural step, the fused kernels on or off."""
+    pipe = pipeline(dtype)
+    pipe.transformer.to(device)
+    precision = "fp8" if float8 and float8_attention else "bf16"
+    attention = on(backend="sdpa", dtype=precision)
     plan = {"fa3": attention, "fused_kernels": on(float8=float8)}
     plan["quant"] = on(granularity="row", filter="blocks")
     args = SimpleNamespace(plan=plan)
