@@ -18,10 +18,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, Flux
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils import logging
 
 from utils.errors import UserError
 from utils.kernels.modulation import Constants, hoist
 
+logger = logging.get_logger(__name__)
 FLAG = "leave out --modulation_once"
 TRUE_CFG = "true CFG runs the transformer twice in every step"
 IP_ADAPTER = "an IP-adapter adds to the blocks' inputs"
@@ -173,8 +175,12 @@ class OwnLoop:
     def _fit_area(self, call: SimpleNamespace) -> None:
         """Set Kontext's height and width: the ratio that was asked for at an area of max_area."""
         grid, ratio = 2 * self.vae_scale_factor, call.width / call.height
+        asked = f"{call.width}x{call.height}"
         call.width = round((call.max_area * ratio) ** 0.5) // grid * grid
         call.height = round((call.max_area / ratio) ** 0.5) // grid * grid
+        if (size := f"{call.width}x{call.height}") != asked:
+            area = f"max_area's {call.max_area} pixels"
+            logger.warning(f"Kontext: {asked} was asked for, {size} has {area}")
 
     def _latents(self, call: SimpleNamespace, embeds: torch.Tensor, device) -> tuple:
         """Draw the noise and encode Kontext's image.
