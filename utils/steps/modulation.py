@@ -13,7 +13,7 @@ call's total, not of `denoising_step`.
 from utils.steps import Verdict, off, on, refused
 
 NAME = "modulation"
-AFTER = ("fused_projections",)
+AFTER = ()
 
 
 def add_flags(parser) -> None:
