@@ -24,19 +24,24 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW = {"text": 3, "height": 1, "width": 5}  # tokens: torch's float8 product on a CPU is a slow one
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> list[dict]:
-    """Run every case under Triton's interpreter, in a process of its own."""
+def lines_of(module: str, **variables: str) -> list[dict]:
+    """Run a module that prints JSON lines, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fused_kernel_cases"],
+        [sys.executable, "-m", module],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=900,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> list[dict]:
+    """Run every case under Triton's interpreter."""
+    return lines_of("tests.fused_kernel_cases", TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
@@ -102,6 +107,21 @@ def test_compiled_for_hopper_without_spills(kernel, constants, warps, registers,
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert set(re.findall(r"(\d+) bytes spill", said)) == {"0"}, said
     assert int(re.search(r"Used (\d+) registers", said)[1]) <= registers, said
+
+
+@pytest.mark.slow
+def test_heads_take_fewer_kernels_and_bytes_than_inductors_own_code():
+    rows = {row["place"]: row for row in lines_of("tests.fused_kernel_codegen")}
+    for place, least in (
+        ("double block's heads, float8", 4),
+        ("single block's heads, float8", 2.5),
+    ):
+        row = rows[place]
+        assert row["ours_kernels"] == 4 and row["inductor_kernels"] >= 10, row  # 16 and 10
+        assert row["inductor_mb"] > least * row["ours_mb"], row  # 672 and 472 against 161
+    for place in ("norm + modulate, float8", "GELU, float8", "double block's heads, bf16"):
+        assert rows[place]["ours_mb"] <= rows[place]["inductor_mb"], rows[place]
+        assert rows[place]["ours_kernels"] == 1, rows[place]
 
 
 def ready(

@@ -1,0 +1,211 @@
+"""What Inductor writes for an H200 between FLUX.1's products, on a machine without one.
+
+python -m tests.fused_kernel_codegen      prints one JSON line per place: kernels and bytes
+
+Each place is traced in plain torch as diffusers, the attention processor and torchao write it, and
+by our kernels; Inductor then generates its code for sm_90, which is read and never run. Bytes are
+those of every kernel's arguments, once each, slices of a fused product as a third: a lower bound
+for the plain code, whose reductions read a row several times. It is Inductor's private interface
+and a pretended device; whoever believes the numbers measures them (results/TODO.md).
+"""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+
+from utils.kernels.flash_attention import quantize_heads
+from utils.kernels.modulate import launch_gelu_quantize, launch_norm_modulate
+from utils.kernels.norm_rope import launch_norm_rope
+
+TXT, IMG, H, D, C = 512, 4096, 24, 128, 3072  # FLUX.1-dev, 1024x1024, one image
+ALL = TXT + IMG
+SIZES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
+
+
+def torchao_rows(x):
+    """Quantise as torchao's PerRow."""
+    scale = (x.abs().amax(-1, keepdim=True) / 448).float()
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def plain_norm(x, y, gate, shift, scale):
+    x = x + gate[:, None] * y
+    out = F.layer_norm(x, (C,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    return x, *torchao_rows(out)
+
+
+def fused_norm(x, y, gate, shift, scale):
+    return launch_norm_modulate(x, shift, scale, y, gate, True)
+
+
+def plain_gelu(mlp, attention):
+    return torchao_rows(torch.cat([attention, F.gelu(mlp, approximate="tanh")], dim=2))
+
+
+def _plain_heads(streams, norms, cos, sin, float8):
+    parts = [[x.unflatten(-1, (H, D)) for x in stream.chunk(3, -1)] for stream in streams]
+    for part, (norm_q, norm_k) in zip(parts, norms, strict=True):
+        part[0] = F.rms_norm(part[0], (D,), norm_q, 1e-6)
+        part[1] = F.rms_norm(part[1], (D,), norm_k, 1e-6)
+    q, k, v = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    q, k = (apply_rotary_emb(x, (cos, sin), sequence_dim=1) for x in (q, k))
+    return [y for x in (q, k, v) for y in quantize_heads(x)] if float8 else [q, k, v]
+
+
+def _fused_heads(streams, norms, cos, sin, float8):
+    *txt, img = ([x.unflatten(-1, (H, D)) for x in stream.chunk(3, -1)] for stream in streams)
+    weights = [x for pair in reversed(norms) for x in pair]
+    return launch_norm_rope(img, txt[0] if txt else [], weights, cos, sin, 1e-6, float8)
+
+
+def _double(run, float8):
+    return lambda t, i, a, b, c, d, cos, sin: run((t, i), ((a, b), (c, d)), cos, sin, float8)
+
+
+def _single(run, float8):
+    return lambda i, a, b, cos, sin: run((i,), ((a, b),), cos, sin, float8)
+
+
+ROW, WEIGHT = ((1, C), torch.bfloat16), ((D,), torch.bfloat16)
+ANGLES = ((ALL, D), torch.float32)
+
+
+def tokens(count: int, width: int) -> tuple:
+    return (1, count, width), torch.bfloat16
+
+
+NORM = [tokens(IMG, C), tokens(IMG, C), ROW, ROW, ROW]
+DOUBLE = [tokens(TXT, 3 * C), tokens(IMG, 3 * C), *[WEIGHT] * 4, ANGLES, ANGLES]
+SINGLE = [tokens(ALL, 3 * C), WEIGHT, WEIGHT, ANGLES, ANGLES]
+PLACES = {  # name: inputs, plain, ours
+    "norm + modulate, float8": (NORM, plain_norm, fused_norm),
+    "GELU, float8": ([tokens(ALL, 4 * C), tokens(ALL, C)], plain_gelu, launch_gelu_quantize),
+    "double block's heads, float8": (DOUBLE, _double(_plain_heads, 1), _double(_fused_heads, 1)),
+    "single block's heads, float8": (SINGLE, _single(_plain_heads, 1), _single(_fused_heads, 1)),
+    "double block's heads, bf16": (DOUBLE, _double(_plain_heads, 0), _double(_fused_heads, 0)),
+    "single block's heads, bf16": (SINGLE, _single(_plain_heads, 0), _single(_fused_heads, 0)),
+}
+
+
+def pretend_h200() -> None:
+    """Let Inductor and Triton find an H200; nothing can run on it."""
+    import torch._dynamo.device_interface as interface
+    import triton
+    from torch._inductor.fx_passes import fuse_attention
+    from triton.backends.compiler import GPUTarget
+
+    properties = SimpleNamespace(
+        name="H200",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=140 << 30,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+        shared_memory_per_block_optin=232448,
+        L2_cache_size=50 << 20,
+        gcnArchName="",
+    )
+    answers = {
+        "is_available": True,
+        "get_device_properties": properties,
+        "get_device_capability": (9, 0),
+        "current_device": 0,
+        "device_count": 1,
+        "_lazy_init": None,
+        "synchronize": None,
+    }
+    for name, answer in answers.items():
+        mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer).start()
+    cuda = interface.CudaInterface
+    for owner, name, answer in (
+        (cuda.Worker, "get_device_properties", properties),
+        (cuda.Worker, "current_device", 0),
+        (cuda, "get_device_properties", properties),
+        (cuda, "current_device", 0),
+        (cuda, "is_available", True),
+        (cuda, "get_compute_capability", 90),
+    ):
+        mock.patch.object(owner, name, staticmethod(lambda *_, answer=answer: answer)).start()
+    mock.patch.object(fuse_attention, "_sfdp_init", lambda *_: None).start()  # allocates
+    target = GPUTarget("cuda", 90, 32)
+    triton.runtime.driver.set_active(
+        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0)
+    )
+
+
+def generate(run, inputs, on_cpu: bool) -> str:
+    """Trace, lower for the pretended GPU and give the code.
+
+    Plain code is traced on a CPU and moved, since some of torch's indexing asks for a real device.
+    """
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    with FakeTensorMode() as fake, torch._inductor.config.patch(compile_threads=1):
+        made = [torch.empty(s, dtype=d, device="cpu" if on_cpu else "cuda") for s, d in inputs]
+        graph = make_fx(run, decomposition_table=select_decomp_table())(*made)
+        if on_cpu:
+            for node in graph.graph.nodes:
+                if "device" in node.kwargs:
+                    node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+            made = [torch.empty(s, dtype=d, device="cuda") for s, d in inputs]
+            FakeTensorProp(graph, fake).propagate(*made)
+            post_grad_passes(graph, True)
+        FakeTensorProp(graph, fake).propagate(*made)
+        lowering = GraphLowering(graph, example_inputs=made)
+        handlers = V.set_graph_handler(lowering), V.set_fake_mode(fake)
+        with handlers[0], handlers[1], V.set_debug_handler(DebugContext()):
+            lowering.run(*made)
+            code = lowering.codegen()[0]
+    return getattr(code, "value", code)
+
+
+def count(code: str, inputs: list) -> tuple[int, int]:
+    """Count the kernels that a call launches, and the bytes of their arguments."""
+    call = code[code.index("def call(") :]
+    names = re.search(r"(\w+(?:, \w+)*),? = args", call)[1].split(", ")
+    size = {}
+    for name, (shape, dtype) in zip(names, inputs, strict=True):
+        third = 3 if shape[-1] == 3 * C else 1
+        size[name] = math.prod(shape) * dtype.itemsize // third
+    kernels = total = 0
+    for line in map(str.strip, call.splitlines()):
+        if found := re.match(r"(\w+) = empty_strided_cuda\((\([^)]*\)), .*torch\.(\w+)\)$", line):
+            size[found[1]] = math.prod(json.loads("[" + found[2][1:-1].rstrip(", ") + "]"))
+            size[found[1]] *= SIZES[found[3]]
+        elif found := re.match(r"(\w+) = (?:reinterpret_tensor\()?(\w+)[;,]", line):
+            size[found[1]] = size.get(found[2], 0)
+        elif found := re.match(r"\w+\.run\((.*)\)$", line):
+            kernels += 1
+            views = re.findall(r"reinterpret_tensor\(\w+,.*?\), \d+\)", found[1])
+            rest = re.sub(r"reinterpret_tensor\(\w+,.*?\), \d+\)", "", found[1]).split(", ")
+            names = [re.match(r"reinterpret_tensor\((\w+)", view)[1] for view in {*views}]
+            total += sum(size.get(name, 0) for name in [*names, *{*rest}])
+    return kernels, total
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    pretend_h200()
+    for place, (inputs, plain, ours) in PLACES.items():
+        row = {"place": place}
+        for who, run in (("inductor", plain), ("ours", ours)):
+            code = generate(run, inputs, on_cpu=who == "inductor")
+            row[f"{who}_kernels"], size = count(code, inputs)
+            row[f"{who}_mb"] = round(size / 1e6)
+        print(json.dumps(row), flush=True)
