@@ -6,7 +6,7 @@ Each place is traced in plain torch as diffusers, the attention processor and to
 by our kernels; Inductor then generates its code for sm_90, which is read and never run. Bytes are
 those of every kernel's arguments, once each, slices of a fused product as a third: a lower bound
 for the plain code, whose reductions read a row several times. It is Inductor's private interface
-and a pretended device; whoever believes the numbers measures them (results/TODO.md).
+and a pretended device: `bash results/gpu_session.sh fused-kernels` measures what this counts.
 """
 
 import json
