@@ -19,7 +19,7 @@ from utils.pipeline_utils import generate
 MODELS = {"tiny-schnell": "4", "tiny-dev": "6", "tiny-kontext": "6"}
 MODES = ("disabled", "compile", "export_aoti")
 PROMPTS = ("a red circle on a blue background", "a large green square on a white background")
-EDITS = ("make the background green", "turn it into a star")
+EDITS = ("make the background green", "paint it yellow")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from utils import kernel_table, quality, reference, row
 from utils.benchmark_utils import Spread
+from utils.checkpoints import BUNDLED_DIR
 from utils.errors import UserError
 from utils.memory import weights_gib
 from utils.pipeline_utils import generate, load_pipeline
@@ -193,6 +194,13 @@ def test_random_weights_show_the_quality_of_the_trained_checkpoint(kind, tmp_pat
     text = row.render(found)
     assert f"(tiny-{kind} at 128x128" in text and "full size   random weights" in text
     assert not problem(found)
+
+
+def test_the_source_of_those_edits_is_a_scene_that_the_checkpoint_knows():
+    from tiny_flux.scenes import Scene, render
+
+    with Image.open(BUNDLED_DIR / "source.png") as source:
+        assert source.convert("RGB").tobytes() == render(Scene("circle", "red", "blue")).tobytes()
 
 
 def test_clip_scores_come_from_the_clip_that_is_named(tmp_path, run):

@@ -1,8 +1,9 @@
 """Measure tiny-dev's drawing and editing: `python -m tiny_flux.evaluate_dev --ckpt FOLDER`.
 
 Drawing: the held-out prompts and the checker of `evaluate`, over guidance, steps and text lengths.
-Editing, through the stock FluxKontextPipeline: held-out edits, as many of each kind. An edit is
-right when the checker reads the target scene and the rest stayed (see `edits.judge`).
+Editing, through the stock FluxKontextPipeline: held-out edits, as many of each taught kind, and the
+kinds that were only begun apart from them. An edit is right when the checker reads the target scene
+and the rest stayed (see `edits.judge`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .checker import ATTRIBUTES
-from .edits import MAX_DRIFT, MAX_SHIFT_PX, TAUGHT, Edit, instruction, judge, sample_edit
+from .edits import BEGUN, MAX_DRIFT, MAX_SHIFT_PX, TAUGHT, Edit, instruction, judge, sample_edit
 from .evaluate import (
     SCORES,
     attribute_cells,
@@ -56,11 +57,11 @@ class Task:
     other: Image.Image  # the right scene with another jitter: as wrong as it can be and look right
 
 
-def held_out_edits(count: int, seed: int) -> list[Task]:
-    """Draw edits that end at triples never trained on, the taught kinds in turn."""
+def held_out_edits(count: int, seed: int, kinds: tuple[str, ...] = TAUGHT) -> list[Task]:
+    """Draw edits that end at triples never trained on, the kinds in turn."""
     rng, tasks = random.Random(seed), []
     for place in range(count):
-        edit = sample_edit(rng, True, kinds=(TAUGHT[place % len(TAUGHT)],))
+        edit = sample_edit(rng, True, kinds=(kinds[place % len(kinds)],))
         one, other = sample_jitter(rng), sample_jitter(rng)
         before, after = render(edit.before, one), render(edit.after, one)
         tasks.append(Task(edit, instruction(edit, rng), before, after, render(edit.after, other)))
@@ -86,7 +87,8 @@ def score_edits(pictures: list[Image.Image], tasks: list[Task]) -> dict:
             "right": 100 * float(np.mean([v.right for v in some])),
         }
 
-    kinds = {kind: [i for i, t in enumerate(tasks) if t.edit.kind == kind] for kind in TAUGHT}
+    names = dict.fromkeys(task.edit.kind for task in tasks)
+    kinds = {kind: [i for i, t in enumerate(tasks) if t.edit.kind == kind] for kind in names}
     return row_of(range(len(tasks))) | {"kinds": {kind: row_of(at) for kind, at in kinds.items()}}
 
 
@@ -196,7 +198,8 @@ def editing_table(rows: list[dict]) -> str:
 
 def guidance_sheet(rows: list[dict], by_guidance: dict, texts: list[str], path: Path) -> None:
     """Show the first held-out prompts, a row per guidance with its share of right pictures."""
-    right = {row["guidance"]: row["all"] for row in rows if row["steps"] == STEPS}
+    default = {"steps": STEPS, "tokens": TOKENS}.items()
+    right = {row["guidance"]: row["all"] for row in rows if default <= row.items()}
     write_sheet(
         [pictures[:ON_SHEET] for pictures in by_guidance.values()],
         path,
@@ -206,13 +209,12 @@ def guidance_sheet(rows: list[dict], by_guidance: dict, texts: list[str], path: 
 
 
 def edits_sheet(edited: list[Image.Image], tasks: list[Task], path: Path) -> None:
-    """Show the first held-out edits, two of each kind, between source and ideal."""
-    shown = tasks[: 2 * len(TAUGHT)]
+    """Show held-out edits between source and ideal."""
     write_sheet(
-        [[t.source for t in shown], edited[: len(shown)], [t.ideal for t in shown]],
+        [[t.source for t in tasks], edited[: len(tasks)], [t.ideal for t in tasks]],
         path,
         ["source", "edited", "ideal"],
-        [t.text for t in shown],
+        [t.text for t in tasks],
     )
 
 
@@ -244,6 +246,9 @@ def main() -> None:
     drawing, by_guidance = drawing_rows(pipes[0], args.count, args.seed)
     tasks = held_out_edits(args.count, args.seed)
     editing, edited = editing_rows(pipes[1], tasks, args.seed, EDITING)
+    others = held_out_edits(args.count // 2, args.seed, BEGUN)
+    begun, edited_others = editing_rows(pipes[1], others, args.seed, EDITING[:1])
+    editing[-len(EDITING)]["kinds"] |= begun[-1]["kinds"]
     tables = {"drawing": drawing_table(drawing), "editing": editing_table(editing)}
     print(*tables.values(), sep="\n\n")
     print(f"right: drift at most {MAX_DRIFT:g} levels, shift at most {MAX_SHIFT_PX:g} px")
@@ -254,7 +259,9 @@ def main() -> None:
             put_between_markers(args.write / "README.md", text, name)
         texts = [text for text, _ in held_out_prompts(args.count, args.seed)]
         guidance_sheet(drawing, by_guidance, texts, args.write / "guidance.png")
-        edits_sheet(edited, tasks, args.write / "edits.png")
+        some = 3 * len(TAUGHT), len(BEGUN)  # of the sheet's columns
+        shown = tasks[: some[0]] + others[: some[1]]
+        edits_sheet(edited[: some[0]] + edited_others, shown, args.write / "edits.png")
     print(f"done: {time.perf_counter() - clock:.0f} s")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,8 +164,10 @@ def sample_jitter(rng: random.Random) -> Jitter:
     )
 
 
-def _outline(shape: str) -> list[tuple[float, float]]:
-    """List the corners of a polygonal shape, y downwards, for a radius of 1."""
+def _outline(shape: str | tuple) -> Sequence[tuple[float, float]]:
+    """List the corners of a shape, y downwards, for a radius of 1; a tuple is such a list."""
+    if isinstance(shape, tuple):
+        return shape
     if shape == "square":
         return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
     if shape == "triangle":
@@ -199,7 +202,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 
 def render_mask(
-    shape: str, x: float, y: float, radius: float, size: int = IMAGE_SIZE
+    shape: str | tuple, x: float, y: float, radius: float, size: int = IMAGE_SIZE
 ) -> np.ndarray:
     """Draw the coverage of one shape centred on (x, y).
 
@@ -226,7 +229,7 @@ def render_mask(
 
 
 def render(scene: Scene, jitter: Jitter = Jitter()) -> Image.Image:
-    """Draw the scene as a 128x128 RGB picture."""
+    """Draw the scene as a 128x128 RGB picture; colours may also be RGB, a shape its corners."""
     row = next((w for w in scene.position.split() if w in ("top", "bottom")), "middle")
     column = next((w for w in scene.position.split() if w in ("left", "right")), "middle")
     mask = render_mask(
@@ -235,7 +238,7 @@ def render(scene: Scene, jitter: Jitter = Jitter()) -> Image.Image:
         IMAGE_SIZE / 2 + OFFSETS_PX[row] + jitter.dy,
         RADII[scene.size] * jitter.scale,
     )[..., None]
-    front = np.add(COLOURS[scene.colour], jitter.colour)
-    back = np.add(COLOURS[scene.background], jitter.background)
+    front = np.add(COLOURS.get(scene.colour, scene.colour), jitter.colour)
+    back = np.add(COLOURS.get(scene.background, scene.background), jitter.background)
     pixels = back + (front - back) * mask
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

@@ -16,12 +16,12 @@ QUALITY = {  # what the checkpoint understands -> eight prompts
     "tiny edits": (
         "make the background green",
         "make the background black",
-        "turn it into a star",
-        "turn it into a square",
+        "change the background to white",
+        "turn the background yellow",
+        "make the background purple",
         "make it yellow",
-        "make it small",
-        "make it large",
-        "turn it into a heart",
+        "turn it green",
+        "paint it white",
     ),
     "pictures": (
         "a lighthouse on a cliff at dawn, oil on canvas",

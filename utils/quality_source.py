@@ -6,8 +6,6 @@ the same machine show on it what they do to a picture. The row keeps both.
 """
 
 import copy
-import tempfile
-from pathlib import Path
 
 OWN = ("prompt", "height", "width", "image")  # fit the full-size checkpoint alone
 
@@ -19,6 +17,7 @@ def measure(args) -> dict:
     Raises: RuntimeError for a broken picture.
     """
     from utils import quality, reference
+    from utils.checkpoints import BUNDLED_DIR
     from utils.pipeline_utils import load_pipeline, optimize
     from utils.prepare import prepare
     from utils.progress import say
@@ -29,11 +28,9 @@ def measure(args) -> dict:
     for name in OWN:
         setattr(small, name, None)
     say("quality", f"of {small.ckpt} under the same flags, since random weights have none")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.checkpoint.defaults.takes_image:
-            small.image = str(Path(folder) / "source.png")
-            source_picture().save(small.image)
-        prepare(small)
+    if args.checkpoint.defaults.takes_image:
+        small.image = str(BUNDLED_DIR / "source.png")  # one that it knows how to edit
+    prepare(small)
     prompts = quality_prompts(small)[: small.quality_prompts]
     pipeline = load_pipeline(small)
     kept, _ = reference.load_or_make(pipeline, small, prompts, not small.disable_bf16)
@@ -41,10 +38,3 @@ def measure(args) -> dict:
     scores = reference.scores(result, kept, small, prompts)
     size = f"{small.width}x{small.height}"
     return scores | {"quality_source": f"{small.ckpt} at {size} under the same flags"}
-
-
-def source_picture():
-    """Draw a picture that the small editing checkpoint knows how to edit."""
-    from tiny_flux.scenes import Scene, render
-
-    return render(Scene("circle", "red", "blue"))
