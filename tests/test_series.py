@@ -14,6 +14,7 @@ import run_benchmark
 from utils import card, results, series
 from utils.errors import UserError
 from utils.report_rows import read
+from utils.report_series import series_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("--device", "cpu", "--num_runs", "2", "--num_warmup", "0", "--quality_prompts", "1")
@@ -128,6 +129,25 @@ def test_a_ladder_is_stored_row_by_row_and_goes_on_where_it_stopped(monkeypatch,
     assert "eager: kept from before" in output.out
     assert [row["row"] for row in read(path)] == ["eager", "+ fused_projections"]
     assert ":2: skipped: not JSON" in capsys.readouterr().err
+
+
+def test_a_row_that_two_series_share_is_measured_once_and_stands_in_both(monkeypatch, tmp_path):
+    """The same eager row begins the ladder with a step cache and the one without."""
+    path = tmp_path / "rows.jsonl"
+    plain = ("--ladder", "--ckpt", "tiny-dev", "--rows", "eager", "--results", str(path), *SHORT)
+    cached = (*plain, "--cache_dit_config", str(ROOT / "cache_config.yaml"))
+    spread = {"median": 1.0, "min": 1.0, "max": 1.0, "n": 1, "samples": [1.0]}
+    row = {"format": 2, "total_s": spread, "quality": {"psnr_db_worst": None}}
+    row |= {"call": {"ckpt": "tiny-dev"}, "environment": {"commit": "clean"}}
+    ran = []
+    monkeypatch.setattr(card, "commit", lambda: "clean")
+    monkeypatch.setattr(series, "_run", lambda words, _: ran.append(words) or dict(row))
+    for flags in (plain, cached, cached):
+        assert series.run_series(arguments(monkeypatch, *flags), list(flags)) == 0
+    first, second = read(path)
+    assert len(ran) == 1 and "with" not in first
+    assert second["with"].startswith("step cache ") and second["command"] == first["command"]
+    assert [s.base["row"] for s in series_of([first, second])] == ["eager", "eager"]
 
 
 def test_a_failing_row_is_kept_with_its_reason(monkeypatch, tmp_path):

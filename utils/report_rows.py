@@ -28,6 +28,7 @@ _CALL = "height width num_inference_steps guidance_scale max_sequence_length num
 _SHAPE = {
     "row": str,
     "series": str,
+    "with": str,
     "position": float,
     "round": float,
     "failed": str,

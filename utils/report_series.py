@@ -32,6 +32,7 @@ def call_text(row: dict) -> str:
         f"guidance {call['guidance_scale']:g}" if call.get("guidance_scale") is not None else "",
         f"{call['max_sequence_length']:g} text tokens" if call.get("max_sequence_length") else "",
         "random weights" if call.get("random_weights") else "",
+        f"with {row['with']}" if row.get("with") else "",
     ]
     return ", ".join(filter(None, parts))
 

@@ -147,14 +147,19 @@ def run_series(args, argv: list[str]) -> int:
                 if turn == 0:
                     print(f"--  {row.name}: {states[row]}", flush=True)
                 continue
-            if command in done:
+            labels = {"row": row.name, "series": name, "position": listed.index(row), "round": turn}
+            if args.cache_dit_config:
+                labels["with"] = f"step cache {args.cache_dit_config}"
+            if before := done.get(command):
+                named = {"with": None} | labels
+                if not any(all(one.get(k) == v for k, v in named.items()) for one in before):
+                    append(path, [before[-1] | named])  # measured for another series
                 print(f"ok  {row.name}: kept from before, in {path}", flush=True)
                 continue
             print(f"... {row.name}: {command}", flush=True)
             start = time.perf_counter()
             found = _run(words, path.parent / "pictures")
-            found |= {"row": row.name, "series": name, "position": listed.index(row), "round": turn}
-            found["command"] = command
+            found |= labels | {"command": command}
             if found.get("failed"):
                 found |= about  # what the other rows of this series say of call and machine
             else:
@@ -207,20 +212,18 @@ def _command(words: list[str]) -> str:
     return shlex.join(["python", SCRIPT.name, *words])
 
 
-def _finished(path: Path, turn: int) -> set[str]:
-    """List the commands whose rows this very code has measured already."""
+def _finished(path: Path, turn: int) -> dict[str, list[dict]]:
+    """Give the rows that this very code has measured already, by their commands."""
     from utils import card
 
-    now = card.commit()
+    now, found = card.commit(), {}
     if now.endswith("-dirty") or not path.exists():
-        return set()
-    return {
-        row["command"]
-        for row in read(path)
-        if not row.get("failed")
-        and row.get("environment", {}).get("commit") == now
-        and row.get("round", 0) == turn
-    }
+        return {}
+    for row in read(path):
+        same = row.get("environment", {}).get("commit") == now and row.get("round", 0) == turn
+        if same and not row.get("failed"):
+            found.setdefault(row["command"], []).append(row)
+    return found
 
 
 def _run(words: list[str], pictures: Path) -> dict:
