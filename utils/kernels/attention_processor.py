@@ -39,8 +39,8 @@ def _project(attn, hidden_states, encoder_hidden_states):
 class FlashFusedFluxAttnProcessor3_0:
     """Replace FluxAttnProcessor: one attention op, optionally with queries, keys, values in fp8.
 
-    With fp8, each (batch, head) has its own scale (quantize_heads), written in plain torch so that
-    Inductor fuses it into RMSNorm + RoPE.
+    With fp8, each (batch, head) has its own scale (quantize_heads), written in plain torch, which
+    Inductor fuses as far as it can (`--fused_kernels` goes further).
     """
 
     # diffusers looks for both on every processor; without them its setters skip this one silently

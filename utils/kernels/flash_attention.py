@@ -4,8 +4,8 @@ Every kernel library (FlashAttention-3, FlashAttention-2, AITER, torch's own) is
 custom op with a fake kernel and a CPU kernel. So the same graph traces on any machine through
 torch.compile(fullgraph=True), torch.export and AOTI, although FA3's extension has no fake kernel
 and its Python wrapper makes CUDA tensors in its own. The price: Inductor sees nothing of the
-inside and fuses nothing into it. That is why the quantiser stays outside, in plain torch ops that
-Inductor fuses into RMSNorm + RoPE.
+inside and fuses nothing into it. That is why the quantiser stays outside, in plain torch ops
+that Inductor can fuse with what comes before: on a CPU into one kernel, on a GPU into several.
 
 Layout: (batch, tokens, heads, head_dim) everywhere, any strides with a dense last dimension.
 Backward: none. Inference only; calling backward() through the op raises.
