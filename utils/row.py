@@ -29,9 +29,6 @@ def measure_row(args) -> tuple[dict, object, object]:
     from utils.steps.cache_dit import last_call
 
     pipeline, load_s = begin(args)
-    rates = peaks.datasheet(args.machine)
-    if args.measure_ceilings:
-        rates = peaks.measure_ceilings(args.device, args.dtype)
     prompts = quality_prompts(args)[: args.quality_prompts]
     with_fp32 = args.fp32_reference or args.checkpoint.source == "bundled"
     with_fp32 = with_fp32 and not args.disable_bf16  # there eager is fp32
@@ -55,6 +52,9 @@ def measure_row(args) -> tuple[dict, object, object]:
     )
     states.append(card.gpu_state(args))
     memory = {"weights_gib": weights_gib(pipeline), **peak_memory(args.device)}
+    rates = peaks.datasheet(args.machine)
+    if args.measure_ceilings:  # after the memory: a CPU's peak cannot be reset
+        rates = peaks.measure_ceilings(args.device, args.dtype)
     used = last_call(pipeline, args)
     result = quality.run(pipeline, args, prompts)
     clock.read()
