@@ -20,6 +20,13 @@ TOGGLES = (
     "--disable_inductor_tuning_flags",
 )
 
+MODES = (  # of --compile_export_mode, with their scopes
+    ("disabled",),
+    ("compile", "--compile_scope", "blocks"),
+    ("compile", "--compile_scope", "full"),
+    ("export_aoti",),
+)
+
 
 def make_args(*flags: str, checks: bool = True):
     """Parse flags as the scripts do and settle the run."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_args, optimized
+from conftest import MODES, make_args, optimized
 from diffusers import FluxTransformer2DModel
 from flux_pieces import inputs, relative_error
 from flux_pieces import transformer as make_transformer
@@ -189,16 +189,7 @@ def worst_db(images, expected) -> float:
     return min(quality.psnr_db(a, b) for a, b in zip(images, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        ("disabled",),
-        ("compile", "--compile_scope", "blocks"),
-        ("compile", "--compile_scope", "full"),
-        ("export_aoti",),
-    ],
-    ids=lambda mode: "-".join(mode[::2]),
-)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(mode[::2]))
 def test_every_mode_and_no_other_code_for_other_steps(mode, reference, tmp_path):
     """One package, one compilation: the number of steps is none of the transformer's inputs."""
     torch._dynamo.reset()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_args
+from conftest import MODES, make_args
 
 from tiny_flux.scenes import Scene, render
 from utils import quality
@@ -33,16 +33,7 @@ def eager():
 
 
 @pytest.mark.parametrize("float8", [False, True], ids=["bf16", "float8"])
-@pytest.mark.parametrize(
-    "mode",
-    [
-        ("disabled",),
-        ("compile", "--compile_scope", "blocks"),
-        ("compile", "--compile_scope", "full"),
-        ("export_aoti",),
-    ],
-    ids=lambda mode: "-".join(mode[::2]),
-)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(mode[::2]))
 def test_mode_against_eager(mode, float8, eager, tmp_path):
     flags = [*RUN, "--compile_export_mode", *mode, "--cache-dir", str(tmp_path / "packages")]
     args = make_args(*flags, *([] if float8 else ["--disable_quant"]))

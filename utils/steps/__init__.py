@@ -10,6 +10,7 @@ and a docstring with the method and why it stands where it stands. Torch is impo
 functions only, so that `--help` needs no torch. The order is `STEPS` in utils/pipeline_utils.py.
 """
 
+import importlib
 from dataclasses import dataclass, field
 
 
@@ -45,3 +46,17 @@ def unavailable(reason: str) -> Verdict:
 def refused(reason: str) -> Verdict:
     """The run cannot start: what, found, expected, which flag."""
     return Verdict("refused", reason)
+
+
+def import_problem(package: str, *parts: str) -> str:
+    """Import a package, then parts of it: what was found instead; "" if nothing is wrong."""
+    try:
+        for module in (package, *parts):  # alone first: a missing package is no missing part
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return f"no module {package}"
+        return f"{package} is installed but broken: {error}"
+    except Exception as error:  # a build for another torch or machine fails in many ways
+        return f"{package} is installed but broken: {type(error).__name__}: {error}".splitlines()[0]
+    return ""

@@ -13,7 +13,7 @@ are quantised already, otherwise torchao quantises as before.
 """
 
 from utils.hardware import Machine
-from utils.steps import Verdict, off, on, quant, refused, unavailable
+from utils.steps import Verdict, import_problem, off, on, quant, refused, unavailable
 
 NAME = "fused_kernels"
 AFTER = ("fused_projections", "fa3")
@@ -38,15 +38,7 @@ def lacking(machine: Machine) -> str:
 
 def triton_problem() -> str:
     """Import triton: what was found instead of a usable one; "" if nothing is wrong."""
-    try:
-        import triton.language  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name == "triton":
-            return "no module triton"
-        return f"triton is installed but broken: {error}"
-    except Exception as error:  # a build for another machine fails in many ways
-        return f"triton is installed but broken: {type(error).__name__}: {error}".splitlines()[0]
-    return ""
+    return import_problem("triton", "triton.language")
 
 
 def check(args) -> Verdict:

@@ -11,7 +11,7 @@ single blocks' proj_out, a quarter of their work, stays in. `--quant_granularity
 
 from utils.errors import UserError
 from utils.hardware import Machine
-from utils.steps import Verdict, off, on, refused, unavailable
+from utils.steps import Verdict, import_problem, off, on, refused, unavailable
 
 NAME = "quant"
 AFTER = ("fused_projections",)
@@ -55,15 +55,10 @@ def lacking(machine: Machine) -> str:
 
 def torchao_problem() -> str:
     """Import torchao: what was found instead of a usable one; "" if nothing is wrong."""
-    try:
-        import torchao  # alone first: then a missing package is told from a missing part of it
-        import torchao.quantization
-    except ModuleNotFoundError as error:
-        if error.name == "torchao":
-            return "no module torchao"
-        return f"torchao is installed but broken: {error}"
-    except Exception as error:  # a build for another torch fails in many ways
-        return f"torchao is installed but broken: {type(error).__name__}: {error}".splitlines()[0]
+    if problem := import_problem("torchao", "torchao.quantization"):
+        return problem
+    import torchao.quantization
+
     names = ("Float8DynamicActivationFloat8WeightConfig", "Float8MMConfig", "PerRow", "quantize_")
     absent = [name for name in names if not hasattr(torchao.quantization, name)]
     version = getattr(torchao, "__version__", "of unknown version")
