@@ -8,7 +8,7 @@ captions it learns the teacher's guided velocity v(empty) + scale (v(text) - v(e
 forward pass, at a scale it is told. An edit has one right answer, which guidance could only
 overshoot, so edits are learnt from the pictures themselves, whatever the scale; half of them are of
 scenes that have no name (`sample_nameless`), so that what no triple of the training shows is copied
-all the same.
+all the same. The few tokens that hold the shape weigh more than the plain ones around it.
 
 Source: Ho and Salimans 2022, arXiv:2207.12598 (classifier-free guidance); Meng et al. 2023,
 arXiv:2210.03142 (its distillation); Labs et al. 2025, arXiv:2506.15742 (reference latents as
@@ -20,13 +20,15 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 from torch import nn
 
 from .edits import Edit, instruction, sample_edit, sample_nameless
@@ -45,10 +47,11 @@ from .train_flow import (
 
 HERE = Path(__file__).parent
 SHORTEST = min(SHORT_TEXTS)  # the teacher sees no other: the student shall ignore the padding
-LATE_TEXTS = {24: 0.65, 64: 0.13, 128: 0.06, 256: 0.06, 512: 0.10}  # the last 30 % of the steps
+LATE_TEXTS = {24: 0.65, 64: 0.13, 128: 0.06, 256: 0.06, 512: 0.10}  # the last 20 % of the steps
 EDIT_TOKENS, CAPTION_TOKENS = 24 * 152, 16 * 88  # per process and step of the student
 TEACHER_TOKENS = 32 * 88
-KINDS = (*4 * ("background",), *2 * ("colour",), "shape", "size")  # the last two are not learnt yet
+KINDS = (*6 * ("background",), *3 * ("colour",), "shape", "size")  # the last two are not learnt yet
+SHAPE_WEIGHT = 4.0  # of a token that holds a part of the shape; the others weigh 1
 EMPTY_CAPTIONS, EMPTY_INSTRUCTIONS = 0.12, 0.04
 WRONG = 0.2  # share of the teacher's captions that belong to another picture
 LARGEST_SCALE = 5.0
@@ -65,33 +68,64 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps-teacher", type=int, default=900)
     parser.add_argument("--steps-student", type=int, default=16000)
     parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--pool", type=int, default=24000, help="edits that are learnt from")
+    parser.add_argument("--pool", type=int, default=40000, help="edits that are learnt from")
     parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
     parser.add_argument("--muon-lr", type=float, default=2.5e-3)
     parser.add_argument("--no-compile", action="store_true", help="needs no C++ compiler")
     return parser.parse_args(argv)
 
 
+def shape_weights(picture: Image.Image) -> torch.Tensor:
+    """Weigh the tokens of a picture: those whose pixels are not all background weigh more.
+
+    Shapes: [tokens]
+    """
+    pixels = np.asarray(picture, np.int16)
+    rows, columns = (edge // 16 for edge in pixels.shape[:2])  # a token is 2x2 latents of 8x8 px
+    front = np.abs(pixels - pixels[0, 0]).max(-1) > 8
+    held = front.reshape(rows, 16, columns, 16).any((1, 3)).reshape(-1)
+    return 1 + (SHAPE_WEIGHT - 1) * torch.from_numpy(held).float()
+
+
+def weighted_error(made: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the weighted mean squared error.
+
+    Shapes: made and wanted [B, tokens, 64]; weights [B, tokens]; result []
+    """
+    errors = (made - wanted).float().square().mean(-1)
+    return (errors * weights).sum() / weights.sum()
+
+
 def make_edits(
     vae: AutoencoderKL, rng: random.Random, count: int
-) -> tuple[list[Edit], torch.Tensor, torch.Tensor]:
+) -> tuple[list[Edit], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Render and encode `count` edits between training scenes, the second half nameless ones.
 
-    Shapes: latents before and after, each [count, 64 tokens, 64] bf16
+    Shapes: latents before and after, each [count, 64 tokens, 64] bf16; weights of the tokens after
+        [count, 64]
     """
     edits = [sample_edit(rng, kinds=KINDS) for _ in range(count // 2)]
     edits += [sample_nameless(rng, KINDS) for _ in range(count - count // 2)]
     jitters = [sample_jitter(rng) for _ in edits]
     pairs = list(zip(edits, jitters, strict=True))
     before = encode_pictures(vae, (render(edit.before, jitter) for edit, jitter in pairs))
-    return edits, before, encode_pictures(vae, (render(e.after, jitter) for e, jitter in pairs))
+    weights = []
+
+    def afterwards() -> Iterator[Image.Image]:
+        for edit, jitter in pairs:
+            picture = render(edit.after, jitter)
+            weights.append(shape_weights(picture))
+            yield picture
+
+    after = encode_pictures(vae, afterwards())
+    return edits, before, after, torch.stack(weights)
 
 
 class Lessons:
     """Draws batches of both jobs. The text length is the same in all processes."""
 
     def __init__(self, pool: tuple, rng: random.Random, shared: random.Random) -> None:
-        self.edits, self.before, self.after = pool
+        self.edits, self.before, self.after, self.weights = pool
         self.named = len(self.edits) // 2  # these have captions
         self.rng, self.shared, self.late = rng, shared, False
 
@@ -105,10 +139,10 @@ class Lessons:
 
     def captions(
         self, tokens: int, length: int, wrong: float = 0.0
-    ) -> tuple[list[str], torch.Tensor]:
-        """Draw captions, of them a share that is wrong, and their pictures x0.
+    ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Draw captions, of them a share that is wrong, their pictures x0, and tokens' weights.
 
-        Shapes: x0 [B, 64 tokens, 64] float32
+        Shapes: x0 [B, 64 tokens, 64] float32; weights [B, 64]
         """
         rows = self._rows(tokens, self.after.shape[1] + length, self.named)
         others = self._rows(tokens, self.after.shape[1] + length, self.named)
@@ -117,21 +151,22 @@ class Lessons:
             for row, other in zip(rows, others, strict=True)
         ]
         texts = [caption(edit.after, self.rng) for edit in meant]
-        return self._some_empty(texts, EMPTY_CAPTIONS), self.after[rows].float()
+        texts = self._some_empty(texts, EMPTY_CAPTIONS)
+        return texts, self.after[rows].float(), self.weights[rows]
 
     def instructions(
         self, tokens: int, length: int
-    ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Draw instructions, edited pictures x0 and sources; without a word nothing changes.
+    ) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw instructions, edited pictures x0, tokens' weights and sources; "" changes nothing.
 
-        Shapes: x0 and sources [B, 64 tokens, 64] float32
+        Shapes: x0 and sources [B, 64 tokens, 64] float32; weights [B, 64]
         """
         rows = self._rows(tokens, 2 * self.after.shape[1] + length, len(self.edits))
         texts = [instruction(self.edits[row], self.rng) for row in rows]
         texts = self._some_empty(texts, EMPTY_INSTRUCTIONS)
         before, after = self.before[rows].float(), self.after[rows].float()
         same = torch.tensor([text == "" for text in texts])[:, None, None]
-        return texts, torch.where(same, before, after), before
+        return texts, torch.where(same, before, after), self.weights[rows], before
 
     def _some_empty(self, texts: list[str], share: float) -> list[str]:
         return ["" if self.rng.random() < share else text for text in texts]
@@ -167,7 +202,7 @@ def encode_texts(
 
 def teacher_loss(pipe: FluxPipeline, lessons: Lessons) -> torch.Tensor:
     """Return the mean squared error of the velocity, captions partly wrong or empty."""
-    texts, x0 = lessons.captions(TEACHER_TOKENS, SHORTEST, WRONG)
+    texts, x0, _ = lessons.captions(TEACHER_TOKENS, SHORTEST, WRONG)
     sigma, noise, mixed = sample_noise(x0)
     text = encode_texts(pipe, texts, SHORTEST)
     return F.mse_loss(predict(pipe.transformer, mixed, as_seen(sigma), *text), noise - x0)
@@ -201,9 +236,9 @@ def guided_velocity(
 
 
 def student_loss(pipe: FluxPipeline, teacher: FluxPipeline, lessons: Lessons) -> torch.Tensor:
-    """Return the sum of both jobs' mean squared errors of the velocity."""
+    """Return the sum of both jobs' weighted mean squared errors of the velocity."""
     length = lessons.length()
-    texts, x0, source = lessons.instructions(EDIT_TOKENS, length)
+    texts, x0, weights, source = lessons.instructions(EDIT_TOKENS, length)
     sigma, noise, mixed = sample_noise(x0, editing=True)
     made = predict(
         pipe.transformer,
@@ -213,16 +248,16 @@ def student_loss(pipe: FluxPipeline, teacher: FluxPipeline, lessons: Lessons) ->
         source,
         sample_scales(len(x0)),
     )
-    loss = F.mse_loss(made, noise - x0)
+    loss = weighted_error(made, noise - x0, weights)
 
     length = lessons.length()
-    texts, x0 = lessons.captions(CAPTION_TOKENS, length)
+    texts, x0, weights = lessons.captions(CAPTION_TOKENS, length)
     sigma, _, mixed = sample_noise(x0)
     timestep, scale = as_seen(sigma), sample_scales(len(x0))
     wanted = guided_velocity(teacher, mixed, timestep, texts, scale)
     text = encode_texts(pipe, texts, length)
     drawn = predict(pipe.transformer, mixed, timestep, *text, guidance=scale)
-    return loss + F.mse_loss(drawn, wanted)
+    return loss + weighted_error(drawn, wanted, weights)
 
 
 def load(folder: Path) -> FluxPipeline:
@@ -287,7 +322,7 @@ def train(name: str, pipe: FluxPipeline, common: tuple, loss: Callable, release:
     steps = getattr(args, f"steps_{name}")
 
     def step_loss(step: int) -> torch.Tensor:
-        lessons.late = step >= 0.7 * steps
+        lessons.late = step >= 0.8 * steps
         with torch.autocast("cpu", torch.bfloat16):
             return loss(lessons)
 
