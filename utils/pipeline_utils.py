@@ -65,10 +65,13 @@ def load_pipeline(args):
     return pipeline
 
 
-def optimize(pipeline, args):
-    """Apply every step of the plan that is on, in order; the pipeline is changed in place."""
+def optimize(pipeline, args, without: tuple[str, ...] = ()):
+    """Apply every step of the plan that is on, in order; the pipeline is changed in place.
+
+    `without` names steps of components that this pipeline does not have (triton_models/).
+    """
     for step in STEPS:
-        if args.plan[step.NAME].is_on:
+        if args.plan[step.NAME].is_on and step.NAME not in without:
             step.apply(pipeline, args)
     return pipeline
 

@@ -53,12 +53,12 @@ def apply(pipeline, args) -> None:
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
     # nn.Linear draws weights before diffusers overwrites them: keep that out of the random state
-    cuda = [p.device for p in pipeline.transformer.parameters() if p.is_cuda][:1]
+    present = [part for part in (pipeline.transformer, pipeline.vae) if part is not None]
+    cuda = [p.device for p in present[0].parameters() if p.is_cuda][:1]
     with torch.random.fork_rng(devices=cuda):
-        for module in pipeline.transformer.modules():
+        for module in [module for part in present for module in part.modules()]:
             if isinstance(module, AttentionModuleMixin) and module._supports_qkv_fusion:
                 _fuse(module)
-        for module in pipeline.vae.modules():
-            if isinstance(module, Attention) and not module.is_cross_attention:
+            elif isinstance(module, Attention) and not module.is_cross_attention:
                 _fuse(module)
                 module.set_processor(FusedAttnProcessor2_0())

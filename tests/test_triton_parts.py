@@ -1,0 +1,207 @@
+"""The served models without a server: requests, batching by iteration, contract, environment."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from triton_models import contract, parts, requests, serve
+from triton_models.answers import in_batches
+from triton_models.denoiser import Cancelled, Denoiser, Job
+
+ROOT = parts.ROOT
+
+
+class Given:
+    """A request's inputs, as the orchestrator sees them."""
+
+    def __init__(self, **fields) -> None:
+        self.fields = fields
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def values(self, name: str, default=None) -> list:
+        found = self.fields.get(name, default)
+        return found if isinstance(found, list) else [] if found is None else [found]
+
+    def value(self, name: str, default=None):
+        return self.values(name, default)[0]
+
+
+@pytest.fixture(scope="module")
+def args():
+    return parts.settings(["--ckpt", "tiny-dev", "--device", "cpu"])
+
+
+def test_a_request_takes_the_checkpoints_defaults(args):
+    found = requests.read(Given(prompt=[b"a red circle"]), args, requests.Limits())
+    assert (found.height, found.width, found.steps, found.guidance) == (128, 128, 28, 3.5)
+    assert (found.max_sequence_length, found.images, found.format) == (512, 1, "png")
+    found = requests.read(
+        Given(prompt=[b"a", b"b"], num_images_per_prompt=2), args, requests.Limits()
+    )
+    assert [found.prompt_of(k) for k in range(found.images)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": []}, "prompt: found none"),
+        ({"prompt": [b" \n"]}, "prompt 0: empty"),
+        ({"prompt": [b"a", b"\xff"]}, "prompt 1: found bytes that are no UTF-8"),
+        ({"prompt": [b"a" * 9000]}, "found 9000 characters, expected at most 8192"),
+        ({"height": 100}, "height: found 100, not divisible by 16 (nearest: 96)"),
+        ({"width": 0}, "width: found 0, expected 16 to"),
+        ({"height": 4096, "width": 4096}, "found 4096x4096 pixels, expected at most 4194304"),
+        ({"num_inference_steps": 0}, "num_inference_steps: found 0, expected 1 to 100"),
+        ({"num_inference_steps": 101}, "num_inference_steps: found 101"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: found nan"),
+        ({"guidance_scale": -1.0}, "guidance_scale: found -1"),
+        ({"seed": -1}, "seed: found -1"),
+        ({"max_sequence_length": 513}, "max_sequence_length: found 513, expected 1 to 512"),
+        ({"num_images_per_prompt": 9}, "num_images_per_prompt: found 9"),
+        ({"prompt": [b"a"] * 5, "num_images_per_prompt": 2}, "found 10 images, expected at most 8"),
+        ({"format": b"gif"}, "format: found 'gif', expected one of png, base64, raw"),
+    ],
+)
+def test_wrong_fields_are_named(args, fields, words):
+    with pytest.raises(ValueError) as caught:
+        requests.read(Given(**{"prompt": [b"a"]} | fields), args, requests.Limits())
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_guidance_is_refused_where_there_is_no_embedding():
+    schnell = parts.settings(["--ckpt", "tiny-schnell", "--device", "cpu"])
+    with pytest.raises(ValueError, match="has no guidance embedding; leave it out"):
+        requests.read(Given(prompt=[b"a"], guidance_scale=3.5), schnell, requests.Limits())
+
+
+def test_what_cannot_be_served_is_refused():
+    from utils.errors import UserError
+
+    with pytest.raises(UserError, match="text prompts only"):
+        parts.settings(["--ckpt", "tiny-kontext", "--image", "tiny_flux/source.png"])
+    with pytest.raises(UserError, match="need the whole call of a pipeline"):
+        parts.settings(["--ckpt", "tiny-dev", "--modulation_once"])
+
+
+def test_batches_have_the_sizes_that_are_warm():
+    assert in_batches([1] * 7, (1, 2, 4)) == [[0, 1, 2, 3], [4, 5], [6]]
+    assert in_batches([2, 1, 1, 3], (1, 2, 4)) == [[0, 1, 2], [3]]
+    assert in_batches([], (1,)) == []
+
+
+class Velocity:
+    """A transformer whose velocity tells the rows apart: guidance times the row's own latents."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[float]] = []
+        self.gate = threading.Event()
+
+    def __call__(self, latents, timestep, guidance, prompt_embeds, pooled, height, width):
+        self.gate.wait(10)
+        self.batches.append(timestep.tolist())
+        assert (
+            len({tuple(row) for row in (latents.shape, (len(latents), height * width // 256, 1))})
+            == 1
+        )
+        return guidance[:, None, None] * latents
+
+
+def _job(number: float, steps: int, height: int = 64, width: int = 32, **more) -> tuple[Job, list]:
+    tokens, ended = height * width // 256, []
+    job = Job(
+        torch.full((1, tokens, 1), number),
+        torch.linspace(1, 1 / steps, steps)[None],
+        torch.full((1, steps), -1.0 / steps),
+        torch.tensor([number]),
+        torch.zeros(1, 4, 1),
+        torch.zeros(1, 1),
+        height,
+        width,
+        done=lambda job, error: ended.append((job, error)),
+        **more,
+    )
+    return job, ended
+
+
+def test_requests_join_each_others_steps_and_never_mix():
+    velocity = Velocity()
+    denoiser = Denoiser(velocity, (1, 2))
+    jobs = [_job(1.0, 4), _job(2.0, 2), _job(3.0, 3, 32, 64), _job(0.5, 4)]
+    for job, _ in jobs:
+        denoiser.submit(job)
+    velocity.gate.set()
+    denoiser.close()
+    for job, ended in jobs:
+        assert ended == [(job, None)]
+        number, steps = job.guidance.item(), job.timesteps.shape[1]
+        expected = number * (1 - number / steps) ** steps  # Euler's method on dx/dt = g x
+        torch.testing.assert_close(job.latents, torch.full_like(job.latents, expected))
+    together = [batch for batch in velocity.batches if len(batch) == 2]
+    assert together and any(a != b for a, b in together), velocity.batches  # at different steps
+    assert sum(len(batch) for batch in velocity.batches) == 4 + 2 + 3 + 4
+    assert all(batches <= 2 for job, _ in jobs for batches in job.batches)
+
+
+def test_one_step_gives_the_velocity():
+    velocity = Velocity()
+    velocity.gate.set()
+    denoiser = Denoiser(velocity, (1,))
+    job, ended = _job(2.0, 1)
+    job.lengths = None
+    denoiser.submit(job)
+    denoiser.close()
+    assert ended == [(job, None)] and torch.equal(job.latents, torch.full((1, 8, 1), 4.0))
+
+
+def test_a_cancelled_job_stops_at_its_next_step_and_a_failing_one_fails_alone():
+    velocity, gone = Velocity(), threading.Event()
+    denoiser = Denoiser(velocity, (1, 2))
+    left, ended = _job(1.0, 50, is_cancelled=gone.is_set, after_step=lambda job: gone.set())
+    broken, failed = _job(1.0, 2)
+    broken.pooled = torch.zeros(1, 1, 1, 1)  # cannot be in one batch with another's
+    whole, finished = _job(2.0, 2, 32, 32)
+    for job in (left, whole):
+        denoiser.submit(job)
+    velocity.gate.set()
+    denoiser.close()
+    assert isinstance(ended[0][1], Cancelled) and left.step == 1
+    assert finished == [(whole, None)]
+    with pytest.raises(ValueError, match="found 3 rows, expected at most 2"):
+        Denoiser(velocity, (1, 2)).submit(SimpleNamespace(rows=3))
+    assert failed == []
+
+
+def test_the_contract_page_is_that_of_the_configs():
+    assert contract.PAGE.read_text() == contract.page()
+    for name in (*parts.MODELS, parts.HEALTH):
+        text = (ROOT / "triton_models" / name / "config.pbtxt").read_text()
+        for side in ("input", "output"):
+            named = {found[0] for found in contract.tensors(text, side)}
+            assert named <= contract.MEANING.keys() | {"height", "width"} | set(
+                ("num_inference_steps", "guidance_scale", "num_images_per_prompt")
+            ), named
+
+
+def test_the_servers_environment_is_the_scripts_but_for_numpy():
+    def pins(file) -> dict[str, str]:
+        lines = (line.split("#")[0].strip() for line in file.read_text().splitlines())
+        return dict(line.split("==") for line in lines if line)
+
+    ours = pins(ROOT / "requirements.txt")
+    server = pins(ROOT / "triton_models" / "requirements.txt")
+    assert {name: server.get(name) for name in ours} == ours | {"numpy": "1.26.4"}
+
+
+def test_the_repository_carries_the_commands_flags(tmp_path):
+    args, flags = serve.parse_args(["--ckpt", "tiny-dev", "--disable_bf16", "--batch-sizes", "1,2"])
+    serve.write_repository(tmp_path, args, flags)
+    text = (tmp_path / "dit_transformer" / "config.pbtxt").read_text()
+    assert '"--ckpt tiny-dev --disable_bf16"' in text and 'string_value: "1,2"' in text
+    assert "max_batch_size: 2" in text and "BF16" not in text
+    assert (tmp_path / "vae_decoder" / "1" / "model.py").exists()
+    args.batch_sizes = "2,4"
+    assert "--batch-sizes 2,4: expected numbers, 1 among them" in serve.problems_of(args)

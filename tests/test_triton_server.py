@@ -1,0 +1,241 @@
+"""A real Triton Inference Server over tiny-dev: equality, batches, streams, faults, load."""
+
+import base64
+import io
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.triton_server import ENV, Served
+
+pytestmark = pytest.mark.skipif(
+    not (ENV / "bin" / "python3").exists(),
+    reason="no .venv-triton: python -m triton_models.serve makes it",
+)
+MAX_IN_FLIGHT = 16
+TEXT = 32  # tokens: the rest of 512 would be padding, and time
+CALLS = [  # prompt, height, width, steps, guidance: two sizes with the same number of tokens
+    ("a red circle on a blue background", 128, 128, 4, 3.5),
+    ("a large white heart at the top left", 96, 64, 3, 2.0),
+    ("a green star on a black background", 64, 96, 5, 5.0),
+    ("a yellow ring", 96, 64, 4, 1.0),
+]
+
+
+def _fields(number: int) -> dict:
+    prompt, height, width, steps, guidance = CALLS[number % len(CALLS)]
+    return {
+        "prompt": prompt,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "max_sequence_length": TEXT,
+        "seed": number % 8,
+    }
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    server = Served(
+        tmp_path_factory.mktemp("served"),
+        *("--ckpt", "tiny-dev", "--batch-sizes", "1,2,4", "--watch", "1"),
+        *("--max-in-flight", str(MAX_IN_FLIGHT)),
+    )
+    try:
+        server.wait()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Give FluxPipeline's own pictures of the eight requests."""
+    import torch
+
+    from triton_models import parts
+    from utils.pipeline_utils import load_pipeline, optimize
+
+    args = parts.settings(["--ckpt", "tiny-dev", "--device", "cpu"])
+    pipeline = optimize(load_pipeline(args), args)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server's models
+    pictures = []
+    for number in range(8):
+        fields = _fields(number)
+        generator = torch.Generator("cpu").manual_seed(fields.pop("seed"))
+        pictures.append(np.asarray(pipeline(**fields, generator=generator).images[0]))
+    torch.set_num_threads(threads)
+    return pictures
+
+
+@pytest.fixture
+def client(served):
+    from triton_models.client import Client
+
+    with Client(served.grpc) as found:
+        yield found
+
+
+def test_a_picture_is_flux_pipelines_own_to_the_bit(client, expected):
+    for number in range(8):
+        found = np.asarray(client.generate(**_fields(number))[0])
+        assert np.array_equal(found, expected[number]), number
+
+
+def test_a_batch_is_its_single_images(client, expected):
+    fields = _fields(0) | {"num_images_per_prompt": 2}
+    fields["prompt"] = [fields["prompt"], CALLS[1][0]]
+    found = [np.asarray(image, int) for image in client.generate(**fields)]
+    assert len(found) == 4 and np.abs(found[0] - expected[0]).mean() < 1
+    assert np.abs(found[0] - found[1]).mean() > 0.5 and np.abs(found[1] - found[2]).mean() > 10
+
+
+def test_steps_come_before_the_image(client):
+    steps = []
+    image = client.generate(on_step=lambda *step: steps.append(step), **_fields(2))[0]
+    assert steps == [(k, 5) for k in range(1, 6)] and image.size == (96, 64)
+
+
+def test_plain_http_answers_once_in_base64(served, expected):
+    fields = _fields(0)
+    body = json.dumps(fields | {"prompt": [fields["prompt"]], "format": "base64"}).encode()
+    answer = json.loads(served.post("/v2/models/bls_orchestrator/generate", body))
+    with Image.open(io.BytesIO(base64.b64decode(answer["images"]))) as image:
+        assert np.array_equal(np.asarray(image.convert("RGB")), expected[0])
+
+
+def test_raw_pixels(client, expected):
+    (result,) = client.responses(client.inputs(_fields(0) | {"format": "raw"}))
+    assert np.array_equal(result.as_numpy("pixels")[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": ""}, "prompt 0: empty"),
+        ({"height": 100}, "height: found 100, not divisible by 16 (nearest: 96)"),
+        ({"num_inference_steps": 0}, "num_inference_steps: found 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale: found -1"),
+        ({"seed": -5}, "seed: found -5"),
+    ],
+)
+def test_a_wrong_field_is_an_invalid_argument(client, fields, words):
+    from triton_models.client import ServerError
+
+    with pytest.raises(ServerError) as caught:
+        client.generate(**_fields(0) | fields)
+    assert caught.value.code == "INVALID_ARGUMENT" and words in str(caught.value)
+
+
+def test_an_unknown_field_is_refused_by_triton(client):
+    from triton_models.client import ServerError
+
+    unknown = client.grpc.InferInput("lora_path", [1], "BYTES")
+    unknown.set_data_from_numpy(np.array([b"/etc/passwd"], dtype=np.object_))
+    with pytest.raises(ServerError, match="unexpected inference input 'lora_path'"):
+        list(client.responses([*client.inputs(_fields(0)), unknown]))
+
+
+def test_two_hundred_requests_of_twelve_clients(served, expected):
+    """Nothing lost, nothing mixed; steps of different requests share forwards."""
+    from triton_models.client import Client
+
+    before, wrong, numbers = served.counters(), [], list(range(200))
+
+    def ask() -> None:
+        with Client(served.grpc) as client:
+            while numbers:
+                try:
+                    number = numbers.pop()
+                except IndexError:
+                    return
+                found = np.asarray(client.generate(**_fields(number))[0], int)
+                distances = [
+                    np.abs(found - picture).mean() if found.shape == picture.shape else np.inf
+                    for picture in expected
+                ]
+                if np.argmin(distances) != number % 8 or min(distances) > 1:
+                    wrong.append((number, distances))
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = served.counters()
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert not wrong and grown['flux_requests_total{outcome="ok"}'] == 200
+    assert grown["flux_images_total"] == 200
+    assert grown["flux_batch_rows_sum"] / grown["flux_batch_rows_count"] > 1.2
+
+
+def _ended(served: Served, outcome: str) -> float:
+    return served.counters().get(f'flux_requests_total{{outcome="{outcome}"}}', 0)
+
+
+def test_a_client_that_leaves_stops_its_request(served, client):
+    fields = _fields(0) | {"num_inference_steps": 100, "progress": True}
+    before, answers = _ended(served, "cancelled"), client.responses(client.inputs(fields))
+    next(answers)
+    answers.close()
+    end = time.monotonic() + 30
+    while _ended(served, "cancelled") == before:
+        assert time.monotonic() < end, served.counters()
+        time.sleep(0.05)
+    assert client.generate(**_fields(1))
+
+
+def test_overload_is_refused_at_once(served):
+    from triton_models.client import Client, ServerError
+
+    fields, codes = _fields(0) | {"num_inference_steps": 40}, []
+
+    def ask() -> None:
+        with Client(served.grpc) as client:
+            try:
+                codes.append(len(client.generate(**fields)))
+            except ServerError as error:
+                codes.append((error.code, "retry in" in str(error)))
+
+    threads = [threading.Thread(target=ask) for _ in range(MAX_IN_FLIGHT + 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [code for code in codes if code != 1]
+    assert set(refused) == {("UNAVAILABLE", True)} and codes.count(1) >= MAX_IN_FLIGHT, codes
+
+
+def test_a_killed_model_is_noticed_and_loaded_again(served, client, expected):
+    from triton_models.client import ServerError
+
+    (stub,) = served.stubs("dit_transformer")
+    os.kill(stub, signal.SIGKILL)
+    with pytest.raises(ServerError) as caught:
+        client.generate(**_fields(0))
+    assert caught.value.code == "INTERNAL" and client.is_ready()  # Triton itself sees nothing
+    end = time.monotonic() + 120
+    while "loaded again" not in served.words.read_text():
+        assert time.monotonic() < end, served.words.read_text()
+        time.sleep(0.2)
+    assert np.array_equal(np.asarray(client.generate(**_fields(0))[0]), expected[0])
+
+
+def test_it_stops_and_leaves_nothing(served):
+    """Last: the server is gone afterwards."""
+    region = f"flux-{served.process.pid}-"
+    assert any(file.name.startswith(region) for file in Path("/dev/shm").iterdir())
+    assert served.stop() == 0, served.words.read_text()
+    assert not any(file.name.startswith(region) for file in Path("/dev/shm").iterdir())
+    assert not served.stubs("dit_transformer")
+    assert not list(served.temporary.glob("flux-triton-*"))

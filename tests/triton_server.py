@@ -1,0 +1,83 @@
+"""One real tritonserver for the tests, started as a user starts it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from triton_models.parts import ROOT
+
+ENV = ROOT / ".venv-triton"
+READY_S = 600
+
+
+def free_ports(count: int) -> list[int]:
+    """Find ports that nobody uses at the moment."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+class Served:
+    """A running `python -m triton_models.serve`."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.http, self.grpc, self.metrics = free_ports(3)
+        self.words, self.log = folder / "words.txt", folder / "server.log"
+        ports = f"--http-port {self.http} --grpc-port {self.grpc} --metrics-port {self.metrics}"
+        command = [sys.executable, "-m", "triton_models.serve", *ports.split()]
+        command += ["--log", str(self.log), *flags]
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        with open(self.words, "wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"TMPDIR": str(self.temporary)},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self) -> None:
+        """Wait until it says that it is ready.
+
+        Raises: AssertionError with its own words.
+        """
+        end = time.monotonic() + READY_S
+        while "ready after" not in self.words.read_text():
+            assert self.process.poll() is None and time.monotonic() < end, self.words.read_text()
+            time.sleep(0.2)
+
+    def counters(self) -> dict[str, float]:
+        """Read the orchestrator's metrics."""
+        from triton_models.loadtest import read_metrics
+
+        return read_metrics(self.metrics)
+
+    def post(self, path: str, body: bytes) -> bytes:
+        """Send one HTTP request."""
+        address = f"http://127.0.0.1:{self.http}{path}"
+        with urllib.request.urlopen(address, data=body, timeout=60) as answer:
+            return answer.read()
+
+    def stubs(self, model: str) -> list[int]:
+        """Find the processes of one model of this server."""
+        words = f"{self.temporary}.*python_backend_stub.*/{model}/"
+        found = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def stop(self) -> int:
+        """End it as a service manager does. Returns: its exit code"""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(90)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()

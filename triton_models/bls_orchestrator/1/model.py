@@ -1,0 +1,231 @@
+"""The pipeline: checks a request, calls the four models in order, and answers with images.
+
+Every request runs in a thread of its own: text encoders, one denoising job for each image (the
+transformer batches them with other requests'), decoder, encoding as PNG. Nothing of a request is
+evaluated or opened as a path. `python model.py --ckpt tiny-dev` checks noise and schedule by
+themselves against FluxPipeline.
+"""
+
+import queue
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+
+from triton_models import calls, parts, requests
+from triton_models.components import Start
+from triton_models.metrics import Metrics
+from triton_models.pictures import encoded
+
+RETRY_S = 2
+JOB_OUTPUTS = ["latents", "step", "mean_batch", "forward_s"]
+
+
+class Stopped(Exception):
+    """The client has gone away."""
+
+
+@dataclass
+class News:
+    """What a denoising job says of itself: a step, its end or its failure."""
+
+    image: int
+    step: int = 0
+    latents: torch.Tensor | None = None
+    mean_batch: float = 0.0
+    forward_s: float = 0.0
+    error: Exception | None = None
+
+
+class TritonPythonModel:
+    """Triton's interface: one thread for each request, a bound on how many there are."""
+
+    def initialize(self, arguments) -> None:
+        args, values = parts.begin(arguments)
+        self.args, self.start = args, Start(args)
+        self.limits = requests.Limits.read(values)
+        self.metrics = Metrics()
+        self.threads = ThreadPoolExecutor(self.limits.max_in_flight, "request")
+        self.callers = ThreadPoolExecutor(2 * self.limits.max_in_flight, "call")
+        self.in_flight, self.lock = 0, threading.Lock()
+
+    def execute(self, incoming) -> None:
+        for request in incoming:
+            sender = request.get_response_sender()
+            try:
+                wanted = requests.read(parts.Inputs(request), self.args, self.limits)
+            except ValueError as error:
+                self._refuse(sender, error, "INVALID_ARGUMENT")
+                continue
+            with self.lock:
+                full = self.in_flight >= self.limits.max_in_flight
+                self.in_flight += not full
+            if full:
+                reason = f"{self.limits.max_in_flight} requests are in flight; retry in {RETRY_S} s"
+                self._refuse(sender, RuntimeError(reason), "UNAVAILABLE")
+                continue
+            self.threads.submit(self._serve, wanted, sender, time.perf_counter())
+
+    def _refuse(self, sender, error: Exception, code: str) -> None:
+        self.metrics.request(code.lower())
+        _send(sender, error=parts.failure(error, code), last=True)
+
+    def _serve(self, wanted: requests.Wanted, sender, arrived: float) -> None:
+        outcome = "ok"
+        try:
+            self.metrics.waited(time.perf_counter() - arrived)
+            self._make(wanted, sender, arrived + self.limits.timeout_s)
+        except Stopped as error:
+            outcome = "cancelled"
+            _send(sender, error=parts.failure(error, "CANCELLED"), last=True)
+        except TimeoutError as error:
+            outcome = "timeout"
+            _send(sender, error=parts.failure(error, "UNAVAILABLE"), last=True)
+        except Exception as error:
+            outcome = "failed"
+            _send(sender, error=parts.failure(error), last=True)
+        finally:
+            with self.lock:
+                self.in_flight -= 1
+            self.metrics.request(outcome)
+
+    def _make(self, wanted: requests.Wanted, sender, deadline: float) -> None:
+        """Take one request from prompts to its last response."""
+        with self.metrics.stage("prompt_encoding"):
+            embeds, pooled = self._encode(wanted)
+        with self.metrics.stage("denoising"):
+            latents = self._denoise(wanted, embeds, pooled, sender, deadline)
+        if sender.is_cancelled():
+            raise Stopped("cancelled before decoding")
+        with self.metrics.stage("decoding"):
+            size = torch.tensor([[wanted.height, wanted.width]], dtype=torch.int32)
+            decoded = [
+                self.callers.submit(
+                    calls.call, "vae_decoder", {"latents": part, "size": size}, "images"
+                )
+                for part in latents
+            ]
+            pixels = torch.cat([call.result().cpu() for call in decoded])
+        with self.metrics.stage("postprocessing"):
+            outputs = encoded(self.start.pipeline.image_processor, pixels, wanted.format)
+        self.metrics.images(wanted.images)
+        _send(sender, outputs, last=True)
+
+    def _encode(self, wanted: requests.Wanted) -> tuple[list, list]:
+        """Encode each prompt by itself, so that its bits do not depend on the others."""
+        length = torch.tensor([[wanted.max_sequence_length]], dtype=torch.int32)
+        texts = [calls.text(prompt) for prompt in wanted.prompts]
+        t5 = [
+            self.callers.submit(
+                calls.call,
+                "t5_encoder",
+                {"prompt": prompt, "max_sequence_length": length},
+                "prompt_embeds",
+            )
+            for prompt in texts
+        ]
+        clip = [
+            self.callers.submit(
+                calls.call, "clip_encoder", {"prompt": prompt}, "pooled_prompt_embeds"
+            )
+            for prompt in texts
+        ]
+        return [call.result() for call in t5], [call.result() for call in clip]
+
+    def _denoise(self, wanted, embeds: list, pooled: list, sender, deadline: float) -> list:
+        """Run one job for each image; progress as it comes, and a stop when the client leaves."""
+        timesteps, lengths = self.start.levels(wanted.height, wanted.width, wanted.steps)
+        name = uuid.uuid4().hex
+        news: queue.SimpleQueue = queue.SimpleQueue()
+        for image in range(wanted.images):
+            tensors = {
+                "job": calls.text(name),
+                "latents": self.start.noise(wanted.height, wanted.width, wanted.seed + image),
+                "timestep": timesteps,
+                "step_lengths": lengths,
+                "size": torch.tensor([[wanted.height, wanted.width]], dtype=torch.int32),
+                "prompt_embeds": embeds[wanted.prompt_of(image)],
+                "pooled_prompt_embeds": pooled[wanted.prompt_of(image)],
+                "progress": torch.tensor([[wanted.progress]]),
+            }
+            if wanted.guidance is not None:
+                tensors["guidance"] = torch.tensor([[wanted.guidance]], dtype=torch.float32)
+            self.callers.submit(_denoising_job, image, tensors, news.put)
+        try:
+            return self._follow(wanted, sender, deadline, news)
+        except BaseException:
+            calls.cancel(name)
+            raise
+
+    def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue) -> list:
+        """Wait for all jobs; pass on the step that the slowest of them has reached."""
+        steps, latents, told = [0] * wanted.images, [None] * wanted.images, 0
+        while any(part is None for part in latents):
+            if sender.is_cancelled():
+                raise Stopped(f"cancelled at step {min(steps)}")
+            if (left := deadline - time.perf_counter()) <= 0:
+                raise TimeoutError(f"not done after {self.limits.timeout_s:g} s; retry later")
+            try:
+                heard = news.get(timeout=min(left, 0.2))
+            except queue.Empty:
+                continue
+            if heard.error is not None:
+                raise heard.error
+            steps[heard.image] = heard.step
+            if heard.latents is not None:
+                latents[heard.image] = heard.latents
+                self.metrics.denoised(heard.step, heard.mean_batch, heard.forward_s)
+            if wanted.progress and min(steps) > told:
+                told = min(steps)
+                _send(sender, _progress(told, wanted.steps), last=False)
+        return latents
+
+    def finalize(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
+        self.callers.shutdown(cancel_futures=True)
+
+
+def _progress(step: int, steps: int) -> dict:
+    numbers = {"step": step, "steps": steps}
+    return {name: torch.tensor([value], dtype=torch.int32) for name, value in numbers.items()}
+
+
+def _send(sender, tensors: dict | None = None, error=None, last: bool = False) -> None:
+    """Send one response."""
+    import triton_python_backend_utils as pb_utils
+
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+    response = pb_utils.InferenceResponse(calls.tensors_of(tensors or {}), error=error)
+    sender.send(response, flags=flags)
+
+
+def _denoising_job(image: int, inputs: dict, tell) -> None:
+    """Follow one job in the transformer: tell its News, an error included."""
+
+    def number(found: dict, name: str) -> float:
+        return found[name].as_numpy().reshape(-1)[0].item()
+
+    try:
+        for found in calls.responses("dit_transformer", inputs, JOB_OUTPUTS, decoupled=True):
+            step = number(found, "step")
+            if "latents" not in found:
+                tell(News(image, step))
+                continue
+            latents = torch.from_dlpack(found["latents"].to_dlpack())
+            mean, seconds = number(found, "mean_batch"), number(found, "forward_s")
+            tell(News(image, step, latents, mean, seconds))
+    except Exception as error:
+        tell(News(image, error=error))
+
+
+if __name__ == "__main__":
+    from triton_models.self_check import check_start
+
+    check_start()

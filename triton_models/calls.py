@@ -1,0 +1,60 @@
+"""Calls from one model of the server to another (Triton's BLS), tensors shared, not copied."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from triton_models.parts import outgoing
+
+
+def text(words: str) -> np.ndarray:
+    """Give a string as a model with a batch dimension takes it."""
+    return np.array([[words.encode()]], dtype=np.object_)
+
+
+def tensors_of(values: dict) -> list:
+    """Turn named torch tensors and arrays of strings into Triton's."""
+    import triton_python_backend_utils as pb_utils
+
+    return [
+        outgoing(name, value) if isinstance(value, torch.Tensor) else pb_utils.Tensor(name, value)
+        for name, value in values.items()
+    ]
+
+
+def responses(model: str, inputs: dict, outputs: list[str], decoupled: bool) -> Iterator[dict]:
+    """Call a model and give each of its answers, output name -> Triton tensor.
+
+    Raises: RuntimeError with the model's own words.
+    """
+    import triton_python_backend_utils as pb_utils
+
+    request = pb_utils.InferenceRequest(
+        model_name=model, requested_output_names=outputs, inputs=tensors_of(inputs)
+    )
+    for response in request.exec(decoupled=True) if decoupled else [request.exec()]:
+        if response.has_error():
+            raise RuntimeError(f"{model}: {response.error().message()}")
+        found = {tensor.name(): tensor for tensor in response.output_tensors()}
+        if found:  # a decoupled model closes with an answer of nothing
+            yield found
+
+
+def call(model: str, inputs: dict, output: str) -> torch.Tensor:
+    """Call a model for one output.
+
+    Raises: RuntimeError with the model's own words, or if it answers without that output.
+    """
+    decoupled = model == "dit_transformer"
+    for found in responses(model, inputs, [output], decoupled):
+        if output in found:
+            return torch.from_dlpack(found[output].to_dlpack())
+    raise RuntimeError(f"{model}: answered without {output}")
+
+
+def cancel(job: str) -> None:
+    """Stop a denoising job; nothing happens if it has ended."""
+    inputs = {"job": text(job), "cancel": torch.tensor([[True]])}
+    for _ in responses("dit_transformer", inputs, ["step"], decoupled=True):
+        pass

@@ -1,0 +1,39 @@
+"""CLIP: prompts to the pooled embedding that joins the timestep in the modulation.
+
+`python model.py --ckpt tiny-dev` checks the component by itself against FluxPipeline.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+
+from triton_models import parts
+from triton_models.answers import answer_texts
+from triton_models.components import ClipEncoder
+
+
+class TritonPythonModel:
+    """Triton's interface: all requests of a batch in one forward."""
+
+    def initialize(self, arguments) -> None:
+        args, values = parts.begin(arguments)
+        self.encoder = ClipEncoder(args)
+        self.sizes = parts.batch_sizes(values)
+
+    def execute(self, requests) -> list:
+        return answer_texts(requests, "pooled_prompt_embeds", self._encode, self.sizes)
+
+    def _encode(self, prompts: list[str], length: int) -> torch.Tensor:
+        return self.encoder(prompts)
+
+    def finalize(self) -> None:
+        del self.encoder
+
+
+if __name__ == "__main__":
+    from triton_models.self_check import check_clip
+
+    check_clip()

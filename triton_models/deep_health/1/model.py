@@ -1,0 +1,85 @@
+"""Deep health: does every model still compute? Triton's own readiness stays true when a stub dies.
+
+Each model gets the smallest real request that it takes, within a time limit. `serve.py` asks here
+and reloads what does not answer; any other watchdog can.
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooSlow
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import numpy as np
+import torch
+
+from triton_models import parts
+from triton_models.calls import call, text
+
+EDGE = 16  # pixels: one token
+
+
+def requests_of(args) -> dict[str, tuple[dict, str]]:
+    """Give each model's smallest request and the output that it must answer with."""
+    from utils.random_weights import configs_of
+
+    transformer = configs_of(args.checkpoint)["transformer"]
+    size = torch.tensor([[EDGE, EDGE]], dtype=torch.int32)
+    latents = torch.zeros(1, 1, transformer["in_channels"], dtype=args.dtype)
+    step = {
+        "latents": latents,
+        "timestep": torch.full((1, 1), 0.5, dtype=args.dtype),
+        "prompt_embeds": torch.zeros(1, 1, transformer["joint_attention_dim"], dtype=args.dtype),
+        "pooled_prompt_embeds": torch.zeros(
+            1, transformer["pooled_projection_dim"], dtype=args.dtype
+        ),
+        "size": size,
+    }
+    if transformer.get("guidance_embeds"):
+        step["guidance"] = torch.full((1, 1), 1.0)
+    length = torch.tensor([[1]], dtype=torch.int32)
+    return {
+        "clip_encoder": ({"prompt": text("a")}, "pooled_prompt_embeds"),
+        "t5_encoder": ({"prompt": text("a"), "max_sequence_length": length}, "prompt_embeds"),
+        "dit_transformer": (step, "noise_pred"),
+        "vae_decoder": ({"latents": latents, "size": size}, "images"),
+    }
+
+
+class TritonPythonModel:
+    """Triton's interface: one line for each model that was asked for, all of them by default."""
+
+    def initialize(self, arguments) -> None:
+        args, values = parts.begin(arguments)
+        self.requests, self.timeout_s = requests_of(args), float(values["timeout_s"])
+
+    def execute(self, requests) -> list:
+        import triton_python_backend_utils as pb_utils
+
+        answers = []
+        for request in requests:
+            wanted = parts.Inputs(request).value("model", b"").decode()
+            names = [name for name in self.requests if wanted in ("", name)]
+            words = [self._ask(name) for name in names]
+            tensors = {
+                "healthy": np.array([not line for line in words], dtype=bool),
+                "models": np.array([name.encode() for name in names], dtype=np.object_),
+                "words": np.array([line.encode() for line in words], dtype=np.object_),
+            }
+            outputs = [pb_utils.Tensor(name, value) for name, value in tensors.items()]
+            answers.append(pb_utils.InferenceResponse(outputs))
+        return answers
+
+    def _ask(self, name: str) -> str:
+        """Call one model, in a thread that can be left: "" if it answered, else why not."""
+        threads = ThreadPoolExecutor(1)
+        try:
+            found = threads.submit(call, name, *self.requests[name]).result(self.timeout_s)
+            return "" if torch.isfinite(found.float()).all() else "answered with NaN or infinity"
+        except TooSlow:
+            return f"no answer within {self.timeout_s:g} s"
+        except Exception as error:
+            return " ".join(str(error).split())
+        finally:
+            threads.shutdown(wait=False)

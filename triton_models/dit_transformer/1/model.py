@@ -1,0 +1,154 @@
+"""The transformer: one denoising step, or all steps of a request, batched with other requests'.
+
+With `step_lengths` the whole loop runs here, so that neither embeddings nor latents travel between
+steps; each step is batched with the steps of other requests (triton_models/denoiser.py). Without,
+one forward answers with `noise_pred`. `python model.py --ckpt tiny-dev` checks the component by
+itself against FluxPipeline.
+"""
+
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+
+from triton_models import parts
+from triton_models.components import Transformer
+from triton_models.denoiser import Cancelled, Denoiser, Job
+
+
+def problems_of(inputs: parts.Inputs, guided: bool) -> str:
+    """Say what is wrong with a request's shapes; "" if nothing is."""
+    for name in ("latents", "timestep", "size", "prompt_embeds", "pooled_prompt_embeds"):
+        if name not in inputs:
+            return f"{name}: found nothing, expected a tensor"
+    shape = list(inputs.tensor("latents").shape)
+    height, width = inputs.values("size")[:2]
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        return f"size: found {height}x{width}, expected multiples of 16"
+    if shape[1] != (height // 16) * (width // 16):
+        return (
+            f"latents: found {shape[1]} tokens, expected {(height // 16) * (width // 16)} of "
+            f"{height}x{width}"
+        )
+    if ("guidance" in inputs) is not guided:
+        return f"guidance: found {'one' if 'guidance' in inputs else 'none'}, expected the other"
+    timestep, lengths = inputs.tensor("timestep"), inputs.tensor("step_lengths")
+    if lengths is None and timestep.shape[1] != 1:
+        return f"timestep: found {timestep.shape[1]} without step_lengths, expected 1"
+    if lengths is not None and lengths.shape != timestep.shape:
+        return f"step_lengths: found {list(lengths.shape)}, expected {list(timestep.shape)}"
+    return ""
+
+
+class TritonPythonModel:
+    """Triton's interface: requests become jobs, their answers come from the worker's thread."""
+
+    def initialize(self, arguments) -> None:
+        args, values = parts.begin(arguments)
+        self.device = args.device
+        sizes = parts.batch_sizes(values)
+        self.transformer = Transformer(args, sizes)
+        self.denoiser = Denoiser(self.transformer, sizes)
+        self.cancelled: set[str] = set()
+        self.running: dict[str, int] = {}
+        self.lock = threading.Lock()
+
+    def execute(self, requests) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._take(parts.Inputs(request), sender)
+            except Exception as error:
+                _reply(sender, error=parts.failure(error, "INVALID_ARGUMENT"))
+
+    def _take(self, inputs: parts.Inputs, sender) -> None:
+        name = inputs.value("job", b"").decode()
+        if inputs.value("cancel", False):
+            with self.lock:
+                if name in self.running:
+                    self.cancelled.add(name)
+            _reply(sender)
+            return
+        if problem := problems_of(inputs, self.transformer.guided):
+            raise ValueError(problem)
+        height, width = inputs.values("size")[:2]
+        progress = inputs.value("progress", False)
+
+        def here(tensor_name: str):
+            # Triton takes its memory back when execute has returned
+            tensor = inputs.tensor(tensor_name)
+            return None if tensor is None else tensor.to(self.device, copy=True)
+
+        def after_step(job: Job) -> None:
+            if progress:
+                _reply(
+                    sender,
+                    {"step": _column(job, job.step, torch.int32)},
+                    last=False,
+                )
+
+        def done(job: Job, error: Exception | None) -> None:
+            with self.lock:
+                self.running[name] -= 1
+                if not self.running[name]:
+                    del self.running[name]
+                    self.cancelled.discard(name)
+            if error is not None:
+                code = "CANCELLED" if isinstance(error, Cancelled) else "INTERNAL"
+                _reply(sender, error=parts.failure(error, code))
+                return
+            mean = sum(job.batches) / len(job.batches)
+            _reply(
+                sender,
+                {
+                    "noise_pred" if job.lengths is None else "latents": job.latents,
+                    "step": _column(job, job.step, torch.int32),
+                    "mean_batch": _column(job, mean, torch.float32),
+                    "forward_s": _column(job, job.forward_s, torch.float32),
+                },
+            )
+
+        job = Job(
+            here("latents"),
+            here("timestep"),
+            here("step_lengths"),
+            guidance.reshape(-1) if (guidance := here("guidance")) is not None else None,
+            here("prompt_embeds"),
+            here("pooled_prompt_embeds"),
+            height,
+            width,
+            done,
+            after_step,
+            is_cancelled=lambda: name in self.cancelled,
+        )
+        with self.lock:
+            self.running[name] = self.running.get(name, 0) + 1
+        self.denoiser.submit(job)
+
+    def finalize(self) -> None:
+        self.denoiser.close()
+
+
+def _column(job: Job, value: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((job.rows, 1), value, dtype=dtype)
+
+
+def _reply(sender, tensors: dict | None = None, error=None, last: bool = True) -> None:
+    """Send one response; the last one also closes the request."""
+    import triton_python_backend_utils as pb_utils
+
+    outputs = [parts.outgoing(name, tensor) for name, tensor in (tensors or {}).items()]
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+    if not outputs and error is None:
+        sender.send(flags=flags)
+        return
+    sender.send(pb_utils.InferenceResponse(outputs, error=error), flags=flags)
+
+
+if __name__ == "__main__":
+    from triton_models.self_check import check_transformer
+
+    check_transformer()

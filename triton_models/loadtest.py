@@ -1,0 +1,170 @@
+"""Load a running server and say how it took it: python -m triton_models.loadtest --requests 200
+
+Closed load: `--clients N` ask again as soon as they are answered. Open load: `--rate R` requests a
+second, whether or not the last ones were answered, so that queueing shows. Latencies are the
+client's. Batches, stages and refusals are differences of the server's own metrics. `--baseline`
+makes the same pictures in this process afterwards and gives the server's overhead for each image
+and step. JSON last.
+"""
+
+import argparse
+import json
+import queue
+import re
+import statistics
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+
+from triton_models.client import Client, ServerError
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = ("red", "green", "yellow", "white")
+
+
+@dataclass
+class Outcome:
+    """What became of the requests so far."""
+
+    seconds: list[float] = field(default_factory=list)
+    errors: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--requests", type=int, default=50)
+    parser.add_argument("--clients", type=int, default=4, help="closed load; threads of open load")
+    parser.add_argument("--rate", type=float, help="open load: requests a second")
+    parser.add_argument("--sizes", default="", help="such as 128x128,96x64 (the checkpoint's own)")
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--baseline", metavar="CKPT", help="compare with this process's pipeline")
+    return parser.parse_args(argv)
+
+
+def request(number: int, args: argparse.Namespace) -> dict:
+    """Give request k of the load: prompts, sizes and seeds in turn."""
+    shape, colour = SHAPES[number % 4], COLOURS[number // 4 % 4]
+    fields = {"prompt": f"a {colour} {shape} on a blue background", "seed": number}
+    if args.num_inference_steps:
+        fields["num_inference_steps"] = args.num_inference_steps
+    if args.sizes:
+        sizes = args.sizes.split(",")
+        width, height = sizes[number % len(sizes)].split("x")
+        fields |= {"width": int(width), "height": int(height)}
+    return fields
+
+
+def read_metrics(port: int) -> dict[str, float]:
+    """Read the counters of the orchestrator."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (re.fullmatch(r"(flux_\S+) (\S+)", line) for line in lines)
+    return {found[1]: float(found[2]) for found in pairs if found}
+
+
+def run(args: argparse.Namespace) -> tuple[Outcome, float]:
+    """Send the load. Returns: the outcome and the seconds that it took"""
+    work: queue.SimpleQueue = queue.SimpleQueue()
+    outcome, lock, start = Outcome(), threading.Lock(), time.perf_counter()
+    for number in range(args.requests):
+        due = start + number / args.rate if args.rate else start
+        work.put((due, request(number, args)))
+
+    def client_loop() -> None:
+        with Client(args.grpc_port) as client:
+            while not work.empty():
+                try:
+                    due, fields = work.get_nowait()
+                except queue.Empty:
+                    return
+                time.sleep(max(0.0, due - time.perf_counter()))
+                begun = due if args.rate else time.perf_counter()  # waiting for a thread counts
+                try:
+                    images, error = len(client.generate(**fields)), None
+                except ServerError as found:
+                    images, error = 0, found.code
+                with lock:
+                    outcome.images += images
+                    if error is None:
+                        outcome.seconds.append(time.perf_counter() - begun)
+                    else:
+                        outcome.errors[error] = outcome.errors.get(error, 0) + 1
+
+    threads = [threading.Thread(target=client_loop) for _ in range(args.clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcome, time.perf_counter() - start
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Give the usual ones; nearest rank, so that each is a latency that was seen."""
+    ranked = sorted(seconds)
+    return {f"p{p}_s": ranked[min(len(ranked) - 1, len(ranked) * p // 100)] for p in (50, 90, 99)}
+
+
+def baseline(args: argparse.Namespace) -> float:
+    """Make the first requests' pictures in this process. Returns: median seconds of one"""
+    from triton_models.parts import settings
+    from utils.pipeline_utils import generate, load_pipeline, optimize
+
+    run_args = settings(["--ckpt", args.baseline])
+    pipeline = optimize(load_pipeline(run_args), run_args)
+    seconds = []
+    for number in range(min(args.requests, 20) + 2):
+        fields = request(number, args)
+        run_args.prompt, run_args.seed = [fields["prompt"]], fields["seed"]
+        run_args.width = fields.get("width", run_args.width)
+        run_args.height = fields.get("height", run_args.height)
+        run_args.num_inference_steps = args.num_inference_steps or run_args.num_inference_steps
+        begun = time.perf_counter()
+        generate(pipeline, run_args)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[2:])
+
+
+def main() -> None:
+    """Load, measure, report."""
+    args = parse_args()
+    before = read_metrics(args.metrics_port)
+    outcome, took_s = run(args)
+    after = read_metrics(args.metrics_port)
+    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    stages = {
+        name.split('"')[1]: seconds
+        for name, seconds in grown.items()
+        if name.startswith("flux_stage_seconds_total") and seconds
+    }
+    inside, steps = sum(stages.values()), grown["flux_steps_total"]
+    row = {
+        "requests": args.requests,
+        "clients": args.clients,
+        "rate": args.rate,
+        "answered": len(outcome.seconds),
+        "errors": outcome.errors,
+        "images_per_s": outcome.images / took_s,
+        "mean_batch_rows": grown["flux_batch_rows_sum"] / max(1.0, grown["flux_batch_rows_count"]),
+        "stage_seconds": stages,
+        "outside_share": 1 - inside / sum(outcome.seconds) if outcome.seconds else None,
+        "forward_seconds_per_step": grown["flux_forward_seconds_total"] / max(1.0, steps),
+    }
+    if outcome.seconds:
+        row |= percentiles(outcome.seconds)
+    if args.baseline:
+        row["in_process_s"] = baseline(args)
+        row["overhead_per_image_s"] = row["p50_s"] - row["in_process_s"]
+        images = grown["flux_images_total"]
+        row["overhead_per_step_s"] = row["overhead_per_image_s"] / (steps / images)
+    for name, value in row.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

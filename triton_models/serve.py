@@ -1,0 +1,260 @@
+"""Start a real tritonserver on this machine: python -m triton_models.serve --ckpt tiny-schnell
+
+Makes the server's environment if it is missing (--env, own requirements), writes a model repository
+from the folders here with the flags of this command, waits until every model computes, prints a
+request to try, and watches: a model whose process died is loaded again. Ctrl-C stops it and leaves
+nothing behind. Loopback addresses and explicit model control, always; flags that this command does
+not know go to every model (--ckpt, --compile_export_mode, ... as for gen_image.py).
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+from triton_models.parts import HEALTH, MODELS, ROOT
+
+HERE = Path(__file__).resolve().parent
+STOP_S = 30
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Read this command's own flags; the rest are the models'."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, epilog="other flags: gen_image.py"
+    )
+    parser.add_argument("--env", type=Path, default=ROOT / ".venv-triton", help="made if missing")
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--batch-sizes", default="1,2,4", help="rows of one forward")
+    parser.add_argument("--max-in-flight", type=int, default=32, help="requests; more are refused")
+    parser.add_argument("--threads", type=int, default=1, help="per model, on a CPU")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds until ready")
+    parser.add_argument(
+        "--log", type=Path, help="the server's own words (default: a temporary file)"
+    )
+    parser.add_argument("--watch", type=float, default=10.0, help="seconds between checks")
+    return parser.parse_known_args(argv)
+
+
+def problems_of(args: argparse.Namespace) -> list[str]:
+    """Look at everything that would fail later, before anything slow."""
+    problems = []
+    ports = {"--http-port": args.http_port, "--grpc-port": args.grpc_port}
+    for flag, port in (ports | {"--metrics-port": args.metrics_port}).items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                problems.append(f"{flag} {port}: cannot be used ({error.strerror})")
+    sizes = args.batch_sizes.split(",")
+    if not all(size.isdigit() and int(size) > 0 for size in sizes) or "1" not in sizes:
+        problems.append(f"--batch-sizes {args.batch_sizes}: expected numbers, 1 among them")
+    return problems
+
+
+def environment(env: Path) -> Path:
+    """Give the interpreter of the server's environment; install it if it is missing."""
+    python = env / "bin" / "python3"
+    if not python.exists():
+        print(f"making {env} (once, some minutes)", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
+        requirements = str(HERE / "requirements.txt")
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", requirements], check=True)
+    return python
+
+
+def write_repository(folder: Path, args: argparse.Namespace, flags: list[str]) -> None:
+    """Write the model repository: the configs with this command's parameters, the code by link."""
+    import shlex
+
+    from utils.benchmark_utils import create_parser
+
+    dtype = "FP32" if create_parser().parse_args(flags).disable_bf16 else "BF16"
+    values = {
+        "flags": shlex.join(flags),
+        "batch_sizes": args.batch_sizes,
+        "max_in_flight": str(args.max_in_flight),
+        "threads": str(args.threads),
+    }
+    largest = max(int(size) for size in args.batch_sizes.split(","))
+    for name in (*MODELS, HEALTH):
+        lines = (HERE / name / "config.pbtxt").read_text().splitlines()
+        for at, line in enumerate(lines):
+            key = line.split('"')[1] if line.startswith("parameters") else ""
+            if key in values:
+                lines[at] = (
+                    f'parameters {{ key: "{key}" value {{ string_value: "{values[key]}" }} }}'
+                )
+            if line.startswith("max_batch_size:") and not line.endswith(" 0"):
+                lines[at] = f"max_batch_size: {largest}"
+        (folder / name).mkdir()
+        text = "\n".join(lines).replace("TYPE_BF16", f"TYPE_{dtype}") + "\n"
+        (folder / name / "config.pbtxt").write_text(text)
+        (folder / name / "1").symlink_to(HERE / name / "1")
+
+
+def write_backend(folder: Path, python: Path) -> Path:
+    """Put the Python backend's three files together, as the server wants them.
+
+    Returns: the wheel's tritonserver folder
+    """
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = python.parent.parent / "lib" / version / "site-packages"
+    server = packages / "pytriton" / "tritonserver"
+    (folder / "python").mkdir()
+    stubs = server / "python_backend_stubs" / version.removeprefix("python")
+    for file in (
+        server / "backends" / "python" / "libtriton_python.so",
+        server / "backends" / "python" / "triton_python_backend_utils.py",
+        stubs / "triton_python_backend_stub",
+    ):
+        shutil.copy(file, folder / "python")
+    return server
+
+
+class Server:
+    """One tritonserver process with its repository, stopped and cleaned up at the end."""
+
+    def __init__(self, args: argparse.Namespace, flags: list[str]) -> None:
+        self.args, self.flags = args, flags
+        self.region = f"flux-{os.getpid()}-"
+        self.folder = Path(tempfile.mkdtemp(prefix="flux-triton-"))
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Write what the server needs and start it."""
+        args = self.args
+        python = environment(args.env)
+        for name in ("models", "backends"):
+            (self.folder / name).mkdir()
+        write_repository(self.folder / "models", args, self.flags)
+        server = write_backend(self.folder / "backends", python)
+        libraries = server.parent.parent / "nvidia_pytriton.libs"
+        env = os.environ | {
+            "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub takes its prefix from here
+            "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{libraries}",
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": str(args.threads),  # torch's own setting holds for one thread only
+        }
+        loads = [f"--load-model={name}" for name in (*MODELS, HEALTH)]
+        command = [
+            str(server / "bin" / "tritonserver"),
+            f"--model-repository={self.folder / 'models'}",
+            f"--backend-directory={self.folder / 'backends'}",
+            f"--backend-config=python,shm-region-prefix-name={self.region}",
+            "--disable-auto-complete-config",
+            "--model-control-mode=explicit",
+            *loads,
+            *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={args.http_port}",
+            f"--grpc-port={args.grpc_port}",
+            f"--metrics-port={args.metrics_port}",
+            "--exit-timeout-secs=10",
+        ]
+        self.log = args.log or self.folder / "server.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> float:
+        """Wait until every model answers a real request. Returns: seconds
+
+        Raises: RuntimeError with the end of the server's log.
+        """
+        from triton_models.client import Client
+
+        start = time.perf_counter()
+        while time.perf_counter() - start < self.args.timeout:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"tritonserver ended ({self.process.returncode})\n{self.tail()}")
+            with contextlib.suppress(Exception), Client(self.args.grpc_port) as client:
+                if client.is_ready() and not client.unhealthy():
+                    return time.perf_counter() - start
+            time.sleep(0.5)
+        raise RuntimeError(f"not ready after {self.args.timeout:g} s\n{self.tail()}")
+
+    def tail(self, lines: int = 30) -> str:
+        """Give the end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def heal(self) -> list[str]:
+        """Load again what does not compute; say what was done."""
+        from triton_models.client import Client
+
+        done = []
+        with Client(self.args.grpc_port) as client:
+            for name, words in client.unhealthy().items():
+                client.reload(name)
+                done.append(
+                    f"{words}; loaded again" if name in words else f"{name}: {words}; loaded again"
+                )
+        return done
+
+    def stop(self) -> None:
+        """Stop the server and its stubs, and remove what they would leave."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_S)
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # stubs that a dead server left
+            self.process.wait()
+        for left in Path("/dev/shm").glob(f"{self.region}*"):
+            left.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    from utils.errors import UserError
+
+    args, flags = parse_args()
+    if problems := problems_of(args):
+        raise UserError("\n".join(problems))
+    from triton_models.parts import settings
+
+    settings(flags)  # refuses what a model would refuse, here and now
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
+        signal.signal(stop, signal.default_int_handler)
+    server = Server(args, flags)
+    try:
+        server.start()
+        print(f"starting; the log is {server.log}", flush=True)
+        print(f"ready after {server.wait_until_ready():.0f} s", flush=True)
+        print(
+            "try: python -m triton_models.client --prompt 'a red circle on a blue background' "
+            f"--grpc-port {args.grpc_port} --output-file served.png\n"
+            f"metrics: http://127.0.0.1:{args.metrics_port}/metrics",
+            flush=True,
+        )
+        while server.process.poll() is None:
+            time.sleep(args.watch)
+            with contextlib.suppress(ConnectionError):
+                for line in server.heal():
+                    print(line, flush=True)
+        raise UserError(f"tritonserver ended ({server.process.returncode})\n{server.tail()}")
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    from utils.errors import run_script
+
+    run_script(main)

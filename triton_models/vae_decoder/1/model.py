@@ -1,0 +1,58 @@
+"""The VAE decoder: packed latents to pixels.
+
+`python model.py --ckpt tiny-dev` checks the component by itself against FluxPipeline.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+
+from triton_models import parts
+from triton_models.answers import answer
+from triton_models.components import Decoder
+
+
+class TritonPythonModel:
+    """Triton's interface: the requests of one size in one forward."""
+
+    def initialize(self, arguments) -> None:
+        args, values = parts.begin(arguments)
+        self.device = args.device
+        self.sizes = parts.batch_sizes(values)
+        self.decoder = Decoder(args, self.sizes)
+
+    def execute(self, requests) -> list:
+        return answer(requests, self._kind, self._rows, self._decode, self.sizes)
+
+    def _kind(self, inputs: parts.Inputs) -> tuple:
+        latents, (height, width) = inputs.tensor("latents"), inputs.values("size")[:2]
+        if height < 16 or width < 16 or height % 16 or width % 16:
+            raise ValueError(f"size: found {height}x{width}, expected multiples of 16")
+        tokens = (height // 16) * (width // 16)
+        if latents.shape[1] != tokens:
+            raise ValueError(
+                f"latents: found {latents.shape[1]} tokens, expected {tokens} of {height}x{width}"
+            )
+        return height, width
+
+    @staticmethod
+    def _rows(inputs: parts.Inputs) -> int:
+        return len(inputs.tensor("latents"))
+
+    def _decode(self, kind: tuple, group: list[parts.Inputs]) -> list:
+        latents = [inputs.tensor("latents").to(self.device) for inputs in group]
+        rows = [len(part) for part in latents]
+        pixels = self.decoder(torch.cat(latents) if len(latents) > 1 else latents[0], *kind)
+        return [{"images": part} for part in pixels.split(rows)]
+
+    def finalize(self) -> None:
+        del self.decoder
+
+
+if __name__ == "__main__":
+    from triton_models.self_check import check_decoder
+
+    check_decoder()
