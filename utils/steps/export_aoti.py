@@ -5,7 +5,7 @@ become one package of code without weights, made for exactly the call of this ru
 text length, guidance or none), which is recorded rather than assumed; a later call of another kind
 gets a package of its own. Static shapes cost a build for each, and nothing at run time. On CUDA the
 forward is then put into a graph (utils/cudagraph.py). A package is used only if its whole manifest
-belongs to this run (utils/artifacts.py); everything that AOTI itself does not check, utils/aoti.py
+belongs to this run (utils/artifacts/); everything that AOTI itself does not check, utils/aoti.py
 does.
 """
 
@@ -32,19 +32,27 @@ def add_flags(parser) -> None:
         action="store_true",
         help="load packages from --cache-dir, never build one: stop if none belongs to this run",
     )
+    parser.add_argument(
+        "--force_export",
+        action="store_true",
+        help="build packages anew, even where one of this run is stored",
+    )
 
 
 def check(args) -> Verdict:
     """Decide from the flags and the cache directory."""
-    from utils.artifacts import cache_problem, nearest
+    from utils.artifacts import cache_problem, known_early, nearest
 
     mode = args.compile_export_mode
+    if args.force_export and args.use_cached_model:
+        return refused("--force_export, --use-cached-model: expected one of them")
     if mode != "export_aoti":
-        if args.use_cached_model:
-            return refused(
-                f"--use-cached-model: found --compile_export_mode {mode}, expected export_aoti "
-                "(only exported packages are kept)"
-            )
+        for flag in ("--use-cached-model", "--force_export"):
+            if getattr(args, flag[2:].replace("-", "_")):
+                return refused(
+                    f"{flag}: found --compile_export_mode {mode}, expected export_aoti "
+                    "(only exported packages are kept)"
+                )
         return off(f"--compile_export_mode {mode}")
     if args.compile_scope == "blocks":
         return refused(
@@ -56,7 +64,7 @@ def check(args) -> Verdict:
         return refused(problem)
     if args.use_cached_model:
         # What needs no weights is compared now; the rest in apply()
-        root, known = Path(args.cache_dir).expanduser(), _known_early(args)
+        root, known = Path(args.cache_dir).expanduser(), known_early(args, _options(args))
         lines = [nearest(root, known | {"component": component}) for component in COMPONENTS]
         if missing := [line for part in lines for line in part]:
             return refused(_no_cached_model(missing))
@@ -78,7 +86,7 @@ def apply(pipeline, args) -> None:
     Raises: UserError if --use-cached-model finds no package of this run; lines name the fields.
     """
     from utils import aoti
-    from utils.artifacts import open_cache
+    from utils.artifacts import identity_of_run, open_cache
     from utils.cudagraph import CUDAGraphWrapper, CUDARecorder
     from utils.errors import UserError
     from utils.pipeline_utils import generate
@@ -90,7 +98,7 @@ def apply(pipeline, args) -> None:
     with stages(NAME, 2 + len(components)) as stage:
         stage("record inputs")
         aoti.record_inputs(components, lambda: generate(pipeline, args, num_inference_steps=1))
-        shared = _shared_identity(args)
+        shared = identity_of_run(args, _options(args))
         if args.use_cached_model:
             lines = [line for component in components for line in _find(root, component, shared)[2]]
             if lines:
@@ -100,7 +108,8 @@ def apply(pipeline, args) -> None:
             identity, package, lines = _find(root, component, shared)
             if package is None and args.use_cached_model:
                 raise UserError(_no_cached_model(lines))
-            package = package or _build(root, component, shared, identity, args)
+            if package is None or args.force_export:
+                package = _build(root, component, shared, identity, args)
             run = aoti.attach(component, package.files, package.constants)
             if args.machine.device == "cuda":
                 run = CUDAGraphWrapper(run, component.name, recorder)
@@ -115,38 +124,11 @@ def apply(pipeline, args) -> None:
         generate(pipeline, args)
 
 
-def _known_early(args) -> dict:
-    """Say what is known of a package before any weight is loaded."""
-    import dataclasses
-
-    from utils import aoti, artifacts
-
-    machine = dataclasses.asdict(args.machine)
-    return {
-        "dtype": str(args.dtype),
-        "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")},
-        "compiler": _options(args) | aoti.PACKAGE_OPTIONS,
-        "versions": artifacts.environment(),
-    }
-
-
-def _shared_identity(args) -> dict:
-    """Say what every package of this run depends on; a local checkpoint is read once for it."""
-    from utils import aoti, artifacts, calls
-
-    here = Path(__file__).parent
-    steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
-    sources = [here / f"{name}.py" for name in steps]
-    sources += [*(here.parent / "kernels").glob("*.py"), Path(aoti.__file__), Path(calls.__file__)]
-    return _known_early(args) | {
-        "checkpoint": {"name": args.checkpoint.name, "weights": args.checkpoint.identity()},
-        "steps": {name: verdict.settings for name, verdict in steps.items()},
-        "code": artifacts.code_digest([file for file in sources if file.exists()]),
-    }
-
-
 def _options(args) -> dict:
-    return {**compile.compiler_mode(args), **inductor_tuning_flags.options(args)}
+    from utils.aoti import PACKAGE_OPTIONS
+
+    options = {**compile.compiler_mode(args), **inductor_tuning_flags.options(args)}
+    return options | PACKAGE_OPTIONS
 
 
 def _find(root: Path, component, shared: dict) -> tuple:
@@ -171,12 +153,14 @@ def _build(root: Path, component, shared: dict, identity: dict, args):
     from utils import aoti, artifacts
 
     start = time.perf_counter()
-    with artifacts.building(root, identity):
-        if (package := _find(root, component, shared)[1]) is not None:
+    with artifacts.building(root, identity) as scratch:
+        package = _find(root, component, shared)[1]
+        if package is not None and not args.force_export:
             return package
-        say(NAME, f"{component.name}: no package of this call yet; minutes at full size, once")
+        why = "no package of this call yet" if package is None else "--force_export"
+        say(NAME, f"{component.name}: {why}; minutes at full size, once")
         program = aoti.export(component)
-        files, constants = aoti.compile_package(program, component, _options(args))
+        files, constants = aoti.compile_package(program, component, _options(args), scratch)
         package = artifacts.save(root, identity, files, constants)
     say(
         NAME,
