@@ -10,6 +10,7 @@ package or `prune` removes.
     .transformer-1f2e3d4c5b6a.lock, .building      while it is being built
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +29,7 @@ from utils.progress import say
 
 FORMAT = 2
 NAME = re.compile(r"\.?([a-z_]+-[0-9a-f]{12})[-.]")  # how every file of a package begins
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 ENTRY = {"name": str, "sha256": str, "size": int}  # what a manifest says of each file
 
 
@@ -62,6 +64,8 @@ def read_manifest(path: Path) -> tuple[dict | None, str]:
         return None, f"{path.name}: found no readable manifest"
     if manifest.get("format") != FORMAT:
         return None, f"{path.stem}: format: found {manifest.get('format')}, expected {FORMAT}"
+    if manifest.get("sha256") != checksum(manifest):
+        return None, f"{path.name} sha256: found that of another text than the file's own"
     for key in ("identity", "constants", "files"):
         if not isinstance(manifest.get(key), dict):
             return None, f"{path.stem}: {key}: found {manifest.get(key)!r}, expected an object"
@@ -71,6 +75,12 @@ def read_manifest(path: Path) -> tuple[dict | None, str]:
         if not fits or entry["name"] != f"{path.stem}-{entry['sha256'][:8]}{suffix}":
             return None, f"{path.stem}: files.{suffix}: found {entry}, expected {', '.join(ENTRY)}"
     return manifest, ""
+
+
+def checksum(manifest: dict) -> str:
+    """Digest all that a manifest says, its own digest aside."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def find(root: Path, identity: dict, code: str = ".pt2") -> tuple[Package | None, list[str]]:
@@ -147,28 +157,37 @@ def locked(root: Path, name: str, wait: bool = True):
     """
     path = root / f".{name}.lock"
     while True:
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise _unwritable(root, name, error) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                os.close(lock)
-                yield False
-                return
-            say("artifacts", f"{name}: another process builds it; waiting")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), path.stat()):
-                break
-        os.close(lock)  # its last holder has removed the file: this lock excludes nobody
+        with _open_lock(path) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                say("artifacts", f"{name}: another process builds it; waiting")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(lock, path):
+                continue  # its last holder has removed the file: this lock excludes nobody
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)  # while it is held
+            return
+
+
+def _open_lock(path: Path):
+    try:  # for its owner alone: who may open it may hold it
+        return open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
+    except OSError as error:
+        raise _unwritable(path.parent, path.name, error) from error
+
+
+def _is_at(file, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
     try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)  # while it is held
-        os.close(lock)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -186,10 +205,11 @@ def building(root: Path, identity: dict):
         scratch = root / f".{name}.building"
         try:
             scratch.mkdir(mode=0o700)
-        except OSError as error:
-            raise _unwritable(root, name, error) from error
-        try:
             yield scratch
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise _unwritable(root, name, error) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -249,10 +269,12 @@ def save(root: Path, identity: dict, files: dict[str, bytes], constants: dict) -
         manifest = {
             "format": FORMAT,
             "built": datetime.now(UTC).isoformat(timespec="seconds"),
-            "identity": plain(identity),
+            "identity": identity,
             "constants": constants,
             "files": entries,
         }
+        manifest = plain(manifest)
+        manifest["sha256"] = checksum(manifest)
         write_atomically(manifest_path, json.dumps(manifest, indent=1).encode())
     except BaseException as error:  # Ctrl-C included: no file without a manifest stays behind
         kept = _listed(manifest_path)  # the new files, if it failed after the rename
