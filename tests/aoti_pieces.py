@@ -80,6 +80,7 @@ def make_args(cache_dir, **changes):
         force_export=False,
         compile_export_mode="export_aoti",
         compile_scope="full",
+        quant_granularity="row",
         disable_inductor_tuning_flags=False,
         height=PIXELS,
         width=PIXELS,

@@ -290,13 +290,14 @@ def test_a_graph_around_the_package(built):
     """CUDA's layering, with the CPU stand-in for a graph: the call is compared before it."""
     from test_cudagraph import RerunRecorder
 
-    from utils.cudagraph import CUDAGraphWrapper
+    from utils.cudagraph import CUDAGraphWrapper, GraphPool
 
     pipeline, recorder = make_pipeline(), RerunRecorder()
+    pool = GraphPool(recorder)
     export_aoti.apply(pipeline, make_args(built.root, use_cached_model=True))
     for name, module in (("transformer", pipeline.transformer), ("decoder", pipeline.vae.decoder)):
         (runner,) = module.forward.runners.values()
-        runner.run = CUDAGraphWrapper(runner.run, name, recorder)
+        runner.run = CUDAGraphWrapper(runner.run, name, pool)
     found = generate(pipeline, built.args)
     torch.testing.assert_close(found, built.eager, rtol=1e-4, atol=1e-4)
     assert recorder.recorded == 2  # two steps replayed one graph

@@ -12,7 +12,7 @@ from test_cudagraph import RerunRecorder
 from tiny_flux.scenes import Scene, render
 from utils import quality
 from utils.calls import only_known_calls
-from utils.cudagraph import wrap_components
+from utils.cudagraph import GraphPool, wrap_components
 from utils.errors import UserError
 from utils.pipeline_utils import generate
 
@@ -105,7 +105,7 @@ def test_graphs_copy_guidance_in(model, flags_of, reference):
     flags = flags_of(model)
     pipeline, args = optimized(*flags)
     recorder = RerunRecorder()
-    wrap_components(pipeline, recorder)
+    wrap_components(pipeline, GraphPool(recorder))
     assert worst_db(generate(pipeline, args), reference(*flags).images) > 40
     assert recorder.recorded == 2
     if model != "tiny-schnell":

@@ -11,8 +11,8 @@ __main__.py     python -m utils.artifacts list | verify | prune
 from utils.artifacts.digests import checkpoint_digest
 from utils.artifacts.identity import code_digest, differences, environment, name_of
 from utils.artifacts.private import cache_problem, open_cache, write_atomically
-from utils.artifacts.run import identity_of_run, known_early
-from utils.artifacts.store import FORMAT, Package, building, find, nearest, save
+from utils.artifacts.run import identity_of_run, known_early, no_cached_model
+from utils.artifacts.store import FORMAT, Package, building, find, nearest, read_manifest, save
 
 __all__ = [
     "FORMAT",
@@ -28,7 +28,9 @@ __all__ = [
     "known_early",
     "name_of",
     "nearest",
+    "no_cached_model",
     "open_cache",
+    "read_manifest",
     "save",
     "write_atomically",
 ]

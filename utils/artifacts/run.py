@@ -23,6 +23,14 @@ def known_early(args, compiler: dict) -> dict:
     }
 
 
+def no_cached_model(lines: list[str]) -> str:
+    """Say why --use-cached-model stops, one line per differing field, and what to do."""
+    return (
+        "\n".join(f"--use-cached-model: {line}" for line in lines)
+        + "\nrun once without --use-cached-model to build the packages of this run"
+    )
+
+
 def identity_of_run(args, compiler: dict) -> dict:
     """Say what every package of this run depends on; a local checkpoint is read once for it."""
     steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
