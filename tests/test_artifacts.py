@@ -176,4 +176,4 @@ def test_flags_are_spelled_with_either_dash():
 
     args = create_parser().parse_args(["--cache_dir", "x", "--use_cached_model"])
     assert args.cache_dir == "x" and args.use_cached_model
-    assert not Path(create_parser().parse_args([]).cache_dir).is_absolute()
+    assert not args.force_export and create_parser().parse_args(["--force-export"]).force_export

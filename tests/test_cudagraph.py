@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from utils import card
 from utils.calls import only_known_calls
 from utils.cudagraph import CUDAGraphWrapper, GraphPool, usage, wrap_components
 
@@ -191,7 +192,10 @@ def test_both_components_share_one_recorder():
     assert torch.equal(Pipeline.vae.decoder(x), expected[1])
     assert recorder.recorded == 2
     assert usage(Pipeline) == {"kept": 2, "limit": 16, "recorded": 2, "dropped": 0, "pool_bytes": 0}
-    assert usage(object()) is None
+    assert usage(object()) is None and card.cuda_graphs(None) == []
+    assert card.cuda_graphs(usage(Pipeline) | {"pool_bytes": 2**29}) == [
+        "CUDA graphs 2 kept of at most 16, 2 recorded, 0 dropped; their pool holds 0.50 GiB"
+    ]
 
 
 def test_the_least_recently_used_graph_of_all_components_is_dropped():
