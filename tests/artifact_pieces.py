@@ -42,7 +42,8 @@ def is_whole(root: Path, versions: range) -> bool:
     if package is None or package.constants != CONSTANTS:
         return False
     found = {suffix: path.read_bytes() for suffix, path in package.files.items()}
-    return any(found == contents(version) for version in versions)
+    version = int(found[".pt2"].split(b";")[0].split()[1])
+    return version in versions and found == contents(version)
 
 
 def recovers(root: Path, version: int) -> bool:

@@ -108,6 +108,11 @@ def apply(pipeline, args) -> None:
 
         def provide(component):
             package = packages.get(component)
+            if ".safetensors" in package.files and component.name not in COMPONENTS["full"]:
+                raise RuntimeError(
+                    f"export_aoti: {component.name}: has tensors that are no weights, which all "
+                    "blocks would share; use --compile_scope full"
+                )
             run = aoti.attach(component, package.files, package.constants)
             if on_gpu and component.name in COMPONENTS["full"]:
                 run = CUDAGraphWrapper(run, component.name, pool)
@@ -144,9 +149,14 @@ def _groups(pipeline, scope: str) -> list[list]:
     groups = [[aoti.Component(name, m) for m in parts[name]] for name in COMPONENTS[scope]]
     for first, *others in groups:
         for other in others:
-            if repr(other.module) != repr(first.module):
+            if _kinds(other.module) != _kinds(first.module):
                 raise RuntimeError(f"export_aoti: not all modules of {first.name} are built alike")
     return groups
+
+
+def _kinds(module) -> list[tuple]:
+    """List the classes of all that a module is made of; its weights are compared by attach()."""
+    return [(name, type(part)) for name, part in module.named_modules()]
 
 
 def _options(args) -> dict:
