@@ -12,7 +12,7 @@ def main() -> None:
     args = create_parser("Make images with every optimisation on.").parse_args()
 
     quiet_libraries()
-    from utils import card
+    from utils import card, cudagraph
     from utils.images import save_images
     from utils.pipeline_utils import generate, optimize
     from utils.prepare import begin
@@ -25,7 +25,7 @@ def main() -> None:
     images = generate(pipeline, args)
     done = time.perf_counter()
     used = last_call(pipeline, args)
-    for line in card.step_cache(used):
+    for line in (*card.step_cache(used), *card.cuda_graphs(cudagraph.usage(pipeline))):
         print(line)
     for path in save_images(images, args, used):
         note = " (random weights: the picture means nothing)" if args.random_weights else ""

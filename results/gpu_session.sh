@@ -46,6 +46,12 @@ series() {
   echo "--- $((SECONDS - start)) s"
 }
 
+# startup SECONDS NAME: one kind of start, cold and warm; rows go to startup.jsonl
+startup() {
+  timeout -k 5 "$1" python3 -m utils.startup $SCHNELL --random_weights --starts "$2" \
+    --results "$OUT/startup.jsonl" 2>&1 | tee -a "$OUT/log.txt"
+}
+
 # Full size, random weights: speed, memory, the latents' error against eager; pictures by part tiny
 FAST="--random_weights --quality_source none --quality_prompts 2"
 EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --compile_export_mode disabled"
@@ -105,6 +111,12 @@ for part in "$@"; do
       row 150 fp8-blocks $DEV $BLOCKS --num_runs 5
       row 150 fp8-blocks-fused-kernels $DEV $BLOCKS --num_runs 5 --fused_kernels \
         --trace-file "$OUT/dev-fused-kernels.json.gz" ;;
+    startup-blocks) # a process from its start to its tenth image: packages of two blocks
+      startup 300 "export_aoti blocks" ;;
+    startup-compile) # the same with what torch.compile has made in the store
+      startup 300 "compile blocks" ;;
+    startup-full) # the same with packages of the whole transformer
+      startup 560 "export_aoti full" ;;
     sizes)
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;

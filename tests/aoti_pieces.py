@@ -21,7 +21,7 @@ class FakeCheckpoint:
     name: str = "tiny"
     weights: str = "sha256:1"
 
-    def identity(self):
+    def identity(self, cache_dir):
         return self.weights
 
 
@@ -77,8 +77,10 @@ def make_args(cache_dir, **changes):
         plan={"fused_projections": on(), "channels_last": on(), "quant": off("cpu")},
         cache_dir=str(cache_dir),
         use_cached_model=False,
+        force_export=False,
         compile_export_mode="export_aoti",
         compile_scope="full",
+        quant_granularity="row",
         disable_inductor_tuning_flags=False,
         height=PIXELS,
         width=PIXELS,

@@ -44,6 +44,16 @@ def optimized(*flags: str):
     return optimize(load_pipeline(args), args), args
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_directory(tmp_path_factory):
+    """Keep what is stored by default out of the home of whoever runs the tests."""
+    from utils.steps import export_aoti
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_aoti, "CACHE_DIR", str(tmp_path_factory.mktemp("default") / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def reference():
     """Give a function: flags that decide the picture -> its Result by plain diffusers, cached."""

@@ -1,5 +1,8 @@
 """The store of packages alone, and what the step refuses before any weight is loaded."""
 
+import hashlib
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,7 @@ from aoti_pieces import make_args
 
 from utils import artifacts
 from utils.errors import UserError
-from utils.steps import export_aoti
+from utils.steps import export_aoti, on
 
 IDENTITY = {"component": "decoder", "dtype": "bf16", "versions": {"torch": "1"}, "code": "a"}
 
@@ -30,12 +33,12 @@ def test_store_round_trip_and_replacement(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("call", range(6))
 def test_an_interrupted_save_leaves_the_previous_package(tmp_path, monkeypatch, error, call):
     root = store(tmp_path)
     old = artifacts.save(root, IDENTITY, {".pt2": b"old", ".safetensors": b"t"}, {})
     before = {path: path.read_bytes() for path in root.iterdir()}
-    real, calls = artifacts.os.fsync, []
+    real, calls = os.fsync, []
 
     def fsync(descriptor):
         calls.append(descriptor)
@@ -43,12 +46,16 @@ def test_an_interrupted_save_leaves_the_previous_package(tmp_path, monkeypatch, 
             raise error
         real(descriptor)
 
-    monkeypatch.setattr(artifacts.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         artifacts.save(root, IDENTITY, {".pt2": b"new", ".safetensors": b"t"}, {})
-    assert {path: path.read_bytes() for path in root.iterdir()} == before
-    assert artifacts.find(root, IDENTITY) == (old, [])
+    found, lines = artifacts.find(root, IDENTITY)
+    assert lines == []
+    if call < 5:
+        assert {path: path.read_bytes() for path in root.iterdir()} == before and found == old
+    else:  # after the manifest's rename: the new package stands, the old code goes with the next
+        assert found.files[".pt2"].read_bytes() == b"new"
 
 
 def test_cache_directory_is_private(tmp_path, monkeypatch):
@@ -60,7 +67,7 @@ def test_cache_directory_is_private(tmp_path, monkeypatch):
             artifacts.open_cache(root)
     root.chmod(0o755)
     artifacts.open_cache(root)
-    monkeypatch.setattr(artifacts.os, "geteuid", lambda: root.stat().st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: root.stat().st_uid + 1)
     with pytest.raises(UserError, match="owned by user"):
         artifacts.open_cache(root)
 
@@ -70,21 +77,92 @@ def test_cache_directory_is_private(tmp_path, monkeypatch):
     [
         ({}, "on", ""),
         ({"compile_export_mode": "disabled"}, "off", "disabled"),
+        ({"compile_export_mode": "compile", "use_cached_model": True}, "off", "compile"),
         (
-            {"compile_export_mode": "compile", "use_cached_model": True},
+            {"compile_export_mode": "disabled", "use_cached_model": True},
             "refused",
-            "--use-cached-model: found --compile_export_mode compile, expected export_aoti",
+            "--use-cached-model: found --compile_export_mode disabled, expected export_aoti or",
         ),
-        ({"compile_scope": "blocks"}, "refused", "--compile_scope blocks"),
+        (
+            {"compile_export_mode": "disabled", "force_export": True},
+            "refused",
+            "--force_export: found --compile_export_mode disabled, expected export_aoti or",
+        ),
+        (
+            {"use_cached_model": True, "force_export": True},
+            "refused",
+            "--force_export, --use-cached-model: expected one of them",
+        ),
+        ({"compile_scope": "blocks"}, "on", ""),
         ({"use_cached_model": True}, "refused", "transformer: found no package in"),
+        (
+            {"use_cached_model": True, "compile_scope": "blocks"},
+            "refused",
+            "single_block: found no package in",
+        ),
     ],
-    ids=["on", "off", "cached without export", "blocks", "nothing cached"],
+    ids=[
+        "on",
+        "off",
+        "compile looks for itself",
+        "cached, not compiled",
+        "forced, not compiled",
+        "cached and forced",
+        "blocks",
+        "nothing cached",
+        "no blocks cached",
+    ],
 )
 def test_check(tmp_path, changes, state, reason):
     verdict = export_aoti.check(make_args(tmp_path / "cache", **changes))
     assert verdict.state == state
     assert reason in verdict.reason
     assert not (tmp_path / "cache").exists()  # checking makes nothing
+
+
+def test_blocks_with_scales_per_tensor_are_refused(tmp_path, monkeypatch):
+    """Each block's scales would be in its code: 57 packages instead of two."""
+    monkeypatch.setattr(export_aoti.quant, "check", lambda args: on())
+    args = make_args(tmp_path, compile_scope="blocks", quant_granularity="tensor")
+    verdict = export_aoti.check(args)
+    assert verdict.state == "refused" and "use --quant_granularity row" in verdict.reason
+
+
+def test_digests_are_read_once_and_again_after_any_change(tmp_path, monkeypatch):
+    root, folder = store(tmp_path), tmp_path / "model"
+    (folder / "vae").mkdir(parents=True)
+    weights, config = folder / "vae" / "weights.safetensors", folder / "vae" / "config.json"
+    weights.write_bytes(b"weights")
+    config.write_bytes(b"{}")
+    read, digest_of = [], hashlib.file_digest
+
+    def counted(stream, name):
+        read.append(Path(stream.name).name)
+        return digest_of(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    first = artifacts.checkpoint_digest(folder, root)
+    assert artifacts.checkpoint_digest(folder, root) == first
+    assert len(read) == 4  # files that were written just now may change within the clock's grain
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr("utils.artifacts.digests.time.time_ns", lambda: later)
+    artifacts.checkpoint_digest(folder, root)
+    read.clear()
+    assert artifacts.checkpoint_digest(folder, root) == first and read == []
+    status = weights.stat()
+    weights.write_bytes(b"WEIGHTS")
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))  # the change time tells
+    assert artifacts.checkpoint_digest(folder, root) != first and read == ["weights.safetensors"]
+    (kept,) = root.glob("digests-*.json")
+    harmed = bytearray(kept.read_bytes())
+    harmed[harmed.index(b"vae/")] ^= 1
+    kept.write_bytes(harmed)
+    read.clear()
+    artifacts.checkpoint_digest(folder, root)
+    assert sorted(read) == ["config.json", "weights.safetensors"]
+    kept.chmod(0o666)
+    artifacts.checkpoint_digest(folder, root)
+    assert len(read) == 4
 
 
 def test_check_refuses_a_cache_directory_that_cannot_be_made(tmp_path):
@@ -98,4 +176,4 @@ def test_flags_are_spelled_with_either_dash():
 
     args = create_parser().parse_args(["--cache_dir", "x", "--use_cached_model"])
     assert args.cache_dir == "x" and args.use_cached_model
-    assert not Path(create_parser().parse_args([]).cache_dir).is_absolute()
+    assert not args.force_export and create_parser().parse_args(["--force-export"]).force_export

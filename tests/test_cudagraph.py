@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from utils.cudagraph import CUDAGraphWrapper, wrap_components
+from utils import card
+from utils.calls import only_known_calls
+from utils.cudagraph import CUDAGraphWrapper, GraphPool, usage, wrap_components
 
 
 class RerunRecorder:
@@ -14,6 +16,9 @@ class RerunRecorder:
 
     def __init__(self):
         self.recorded = 0
+
+    def pool_bytes(self):
+        return 0
 
     def record(self, fn):
         self.recorded += 1
@@ -31,7 +36,7 @@ class RerunRecorder:
 
 def wrapped(fn, name="transformer"):
     recorder = RerunRecorder()
-    return CUDAGraphWrapper(fn, name, recorder), recorder
+    return CUDAGraphWrapper(fn, name, GraphPool(recorder)), recorder
 
 
 def scale(x, factor=1.0, extra=None, flag=False):
@@ -182,10 +187,33 @@ def test_both_components_share_one_recorder():
     recorder = RerunRecorder()
     x = torch.randn(3, 4)
     expected = Pipeline.transformer(x), Pipeline.vae.decoder(x)
-    wrap_components(Pipeline, recorder)
+    wrap_components(Pipeline, GraphPool(recorder))
     assert torch.equal(Pipeline.transformer(x), expected[0])
     assert torch.equal(Pipeline.vae.decoder(x), expected[1])
     assert recorder.recorded == 2
+    assert usage(Pipeline) == {"kept": 2, "limit": 16, "recorded": 2, "dropped": 0, "pool_bytes": 0}
+    assert usage(object()) is None and card.cuda_graphs(None) == []
+    assert card.cuda_graphs(usage(Pipeline) | {"pool_bytes": 2**29}) == [
+        "CUDA graphs 2 kept of at most 16, 2 recorded, 0 dropped; their pool holds 0.50 GiB"
+    ]
+
+
+def test_the_least_recently_used_graph_of_all_components_is_dropped():
+    recorder = RerunRecorder()
+    pool = GraphPool(recorder, limit=3)
+    double = CUDAGraphWrapper(lambda x: x * 2, "transformer", pool)
+    triple = CUDAGraphWrapper(lambda x: x * 3, "decoder", pool)
+    kept = [fn(torch.ones(n)) for fn, n in ((double, 1), (triple, 1), (double, 2))]
+    double(torch.ones(1))  # so the decoder's graph is the one that was used longest ago
+    assert torch.equal(double(torch.full((3,), 5.0)), torch.full((3,), 10.0))
+    assert (double.num_graphs, triple.num_graphs, pool.usage()["dropped"]) == (3, 0, 1)
+    double(torch.ones(2))
+    assert recorder.recorded == 4  # the others are still there
+    assert torch.equal(triple(torch.ones(1)), torch.full((1,), 3.0))  # recorded anew, and right
+    assert recorder.recorded == 5
+    assert torch.equal(torch.cat(kept), torch.tensor([2.0, 3.0, 2.0, 2.0]))
+    with only_known_calls(), pytest.raises(RuntimeError, match=r"transformer.*in a timed run"):
+        double(torch.ones(1))  # dropped when the decoder's came back
 
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -202,7 +230,7 @@ def test_gpu_capture_equals_eager_for_two_sizes_in_one_pool():
     with torch.no_grad():
         expected = [model(x) for x in batches]
     kept = [fn(x) for x in batches]  # all kept while later replays overwrite the graphs' memory
-    assert fn.num_graphs == 2
+    assert fn.num_graphs == 2 and fn.pool.usage()["pool_bytes"] > 0
     for got, want in zip(kept, expected, strict=True):
         torch.testing.assert_close(got, want)
 

@@ -27,9 +27,9 @@ def counted():
     with pytest.MonkeyPatch.context() as patch:
         compile_package = aoti.compile_package
 
-        def counting(program, component, options):
+        def counting(program, component, options, scratch):
             builds.append(component.name)
-            return compile_package(program, component, options)
+            return compile_package(program, component, options, scratch)
 
         patch.setattr("utils.pipeline_utils.generate", generate)
         patch.setattr(aoti, "compile_package", counting)
@@ -209,7 +209,7 @@ def test_cached_model_of_another_run_is_refused_by_field(built, counted, changes
 
 def test_other_versions_are_refused_or_replaced(built, copied, monkeypatch):
     now = artifacts.environment()
-    monkeypatch.setattr(artifacts, "environment", lambda: now | {"torch": "9.9"})
+    monkeypatch.setattr("utils.artifacts.run.environment", lambda: now | {"torch": "9.9"})
     args = make_args(copied, use_cached_model=True)
     with pytest.raises(UserError, match=r"transformer.*versions\.torch: found 2.*, expected 9\.9"):
         export_aoti.apply(make_pipeline(), args)
@@ -219,7 +219,7 @@ def test_other_versions_are_refused_or_replaced(built, copied, monkeypatch):
     }
     monkeypatch.setattr(aoti, "export", lambda component: None)
     monkeypatch.setattr(  # another build of the same code: a zip may have bytes behind it
-        aoti, "compile_package", lambda p, c, o: ({".pt2": code[c.name]}, tables[c.name])
+        aoti, "compile_package", lambda p, c, o, s: ({".pt2": code[c.name]}, tables[c.name])
     )
     before = {path.name for path in copied.glob("*.json")}
     args.use_cached_model = False
@@ -253,8 +253,8 @@ def test_a_broken_package_is_refused_and_never_opened(copied, monkeypatch, harm)
         manifest.write_text(manifest.read_text()[:100])
         expected = "no readable manifest"
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
-        expected = "format: found 0, expected 1"
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+        expected = "format: found 1, expected 2"
     monkeypatch.setattr(aoti, "load_package", lambda path: pytest.fail("opened"))
     with pytest.raises(UserError, match=expected):
         export_aoti.apply(make_pipeline(), make_args(copied, use_cached_model=True))
@@ -290,13 +290,14 @@ def test_a_graph_around_the_package(built):
     """CUDA's layering, with the CPU stand-in for a graph: the call is compared before it."""
     from test_cudagraph import RerunRecorder
 
-    from utils.cudagraph import CUDAGraphWrapper
+    from utils.cudagraph import CUDAGraphWrapper, GraphPool
 
     pipeline, recorder = make_pipeline(), RerunRecorder()
+    pool = GraphPool(recorder)
     export_aoti.apply(pipeline, make_args(built.root, use_cached_model=True))
     for name, module in (("transformer", pipeline.transformer), ("decoder", pipeline.vae.decoder)):
         (runner,) = module.forward.runners.values()
-        runner.run = CUDAGraphWrapper(runner.run, name, recorder)
+        runner.run = CUDAGraphWrapper(runner.run, name, pool)
     found = generate(pipeline, built.args)
     torch.testing.assert_close(found, built.eager, rtol=1e-4, atol=1e-4)
     assert recorder.recorded == 2  # two steps replayed one graph

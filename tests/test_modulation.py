@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from utils import quality
 from utils.calls import only_known_calls
-from utils.cudagraph import wrap_components
+from utils.cudagraph import GraphPool, wrap_components
 from utils.errors import UserError
 from utils.kernels.modulation import Constants, hoist
 from utils.layers import total
@@ -209,7 +209,7 @@ def test_graphs_copy_the_row_in():
     calls = [args, *(make_args("--device", "cpu", *SHORT, *change) for change in CHANGES)]
     expected = [generate(pipeline, call, output_type="latent") for call in calls]
     recorder = RerunRecorder()
-    wrap_components(pipeline, recorder)
+    wrap_components(pipeline, GraphPool(recorder))
     for call, latents in zip(calls, expected, strict=True):
         assert torch.equal(generate(pipeline, call, output_type="latent"), latents)
     assert recorder.recorded == 1  # the decoder is not reached

@@ -157,10 +157,13 @@ def export(component: Component):
         return torch.export.export(component.shell(), (), component.inputs, strict=False)
 
 
-def compile_package(program, component: Component, options: dict) -> tuple[dict, dict]:
+def compile_package(
+    program, component: Component, options: dict, scratch: Path | None = None
+) -> tuple[dict, dict]:
     """Compile an exported program into files of a package, and say which weights it expects.
 
-    Like torch._inductor.aoti_compile_and_package, but for the names of lifted tensors.
+    Like torch._inductor.aoti_compile_and_package, but for the names of lifted tensors. The package
+    is written to `scratch` first, or to the system's temporary folder.
 
     Returns: ({".pt2": bytes, ".safetensors": bytes of tensors that are no weights}, constants)
     """
@@ -168,7 +171,7 @@ def compile_package(program, component: Component, options: dict) -> tuple[dict,
     from torch._inductor import aot_compile
     from torch._inductor.package import package_aoti
 
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = str(Path(folder) / "package.pt2")
         graph = program.module(check_guards=False)
         # Lifted tensors would come out as _tensor_constant0, 1, ...: as buffers they keep names

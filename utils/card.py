@@ -139,6 +139,16 @@ def render(args) -> str:
     return "\n".join(lines)
 
 
+def cuda_graphs(used: dict[str, int] | None) -> list[str]:
+    """Write how many CUDA graphs a run has recorded and kept; no line without any."""
+    if used is None:
+        return []
+    return [
+        f"CUDA graphs {used['kept']} kept of at most {used['limit']}, {used['recorded']} recorded, "
+        f"{used['dropped']} dropped; their pool holds {used['pool_bytes'] / 2**30:.2f} GiB"
+    ]
+
+
 def step_cache(used: dict[str, list[int]] | None) -> list[str]:
     """Write which steps of a call were computed and which reused; no line without a cache."""
     if used is None:

@@ -5,7 +5,6 @@ A checkpoint is named by `--ckpt`: a bundled one (`tiny-schnell`), a hub id
 of the call; everything else is read from its configs.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,18 +66,18 @@ class Checkpoint:
     def prompt(self) -> str:
         return (TINY_PROMPT if self.source == "bundled" else DEFAULT_PROMPT)[self.kind]
 
-    def identity(self) -> str:
-        """Name the weights themselves: a digest of a folder's files, or a hub revision."""
+    def identity(self, cache_dir: str | Path) -> str:
+        """Name the weights themselves: a digest of a folder's files, or a hub revision.
+
+        Files that have not changed since are not read again: their digests are in `cache_dir`.
+        """
         if self.random_weights:
             return "random:" + self.kind
         if self.source == "hub":
             return "hub:" + hub_revision(self.name)
-        digest = hashlib.sha256()
-        for file in sorted(self.path.rglob("*.safetensors")) + sorted(self.path.rglob("*.json")):
-            digest.update(str(file.relative_to(self.path)).encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return "sha256:" + digest.hexdigest()
+        from utils.artifacts import checkpoint_digest, open_cache
+
+        return "sha256:" + checkpoint_digest(self.path, open_cache(cache_dir))
 
 
 def _read_json(path: Path, what: str) -> dict:

@@ -5,10 +5,12 @@ input buffers of its own: a call copies its inputs in, replays, and clones the o
 therefore safe to keep. Distinct means: structure, every tensor's shape, dtype and device
 (positional or keyword, however nested), and the value of everything that is not a tensor, which
 the recorded kernels have swallowed. All graphs draw on one memory pool, since they never run at
-the same time. Inductor's own CUDA graphs know nothing of AOTI packages and hand out memory that
-the next call overwrites; hence this one for both.
+the same time, and of more than MAX_GRAPHS the least recently used is dropped. Inductor's own CUDA
+graphs know nothing of AOTI packages and hand out memory that the next call overwrites; hence this
+one for both.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from utils.calls import key_of, refuse_if_only_known
 
+MAX_GRAPHS = 16  # of all components: eight sizes; each holds its inputs and outputs
 WARMUP_CALLS = 3  # autotuning, lazily made workspaces and lazy loading must be over before capture
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -26,6 +29,9 @@ class Recorder(Protocol):
 
     def record(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         """Return replay(), which repeats fn's work and returns the outputs it has overwritten."""
+
+    def pool_bytes(self) -> int:
+        """Give the device memory that the recordings share."""
 
 
 class CUDARecorder:
@@ -57,6 +63,54 @@ class CUDARecorder:
 
         return replay
 
+    def pool_bytes(self) -> int:
+        """Sum up the device memory that the pool holds, shared by all graphs."""
+        if self.pool is None:
+            return 0
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == self.pool)
+
+
+class GraphPool:
+    """All graphs of a run, on one memory pool: at most `limit`, the least recently used go."""
+
+    def __init__(self, recorder: Recorder | None = None, limit: int = MAX_GRAPHS) -> None:
+        self.recorder, self.limit = recorder or CUDARecorder(), limit
+        self.recorded = self.dropped = 0
+        self._graphs: OrderedDict[tuple, tuple] = OrderedDict()  # (owner, key) -> buffers, replay
+
+    def find(self, owner: object, key: tuple) -> tuple | None:
+        """Give what an owner has recorded for this kind of call, and note that it is in use."""
+        graph = self._graphs.get((owner, key))
+        if graph is not None:
+            self._graphs.move_to_end((owner, key))
+        return graph
+
+    def add(self, owner: object, key: tuple, graph: tuple) -> None:
+        """Keep a graph, and drop the oldest beyond the limit.
+
+        Recording has waited for the device, so the dropped one is not running any more.
+        """
+        self._graphs[owner, key] = graph
+        self.recorded += 1
+        while len(self._graphs) > self.limit:
+            self._graphs.popitem(last=False)
+            self.dropped += 1
+
+    def count(self, owner: object) -> int:
+        """Count the graphs of one owner."""
+        return sum(other is owner for other, _ in self._graphs)
+
+    def usage(self) -> dict[str, int]:
+        """Say what there is, for the card of a run."""
+        return {
+            "kept": len(self._graphs),
+            "limit": self.limit,
+            "recorded": self.recorded,
+            "dropped": self.dropped,
+            "pool_bytes": self.recorder.pool_bytes(),
+        }
+
 
 class CUDAGraphWrapper:
     """Call a function through one recorded graph per distinct call.
@@ -65,15 +119,14 @@ class CUDAGraphWrapper:
         cannot be cloned; RuntimeError naming the component if recording fails.
     """
 
-    def __init__(self, fn: Callable, name: str, recorder: Recorder | None = None) -> None:
+    def __init__(self, fn: Callable, name: str, pool: GraphPool | None = None) -> None:
         self.fn, self.name = fn, name
-        self.recorder = recorder or CUDARecorder()
-        self._graphs: dict[tuple, tuple[list[torch.Tensor], Callable[[], Any]]] = {}
+        self.pool = pool or GraphPool()
 
     @property
     def num_graphs(self) -> int:
-        """Count the distinct calls recorded so far."""
-        return len(self._graphs)
+        """Count the distinct calls that have a graph."""
+        return self.pool.count(self)
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
@@ -85,9 +138,11 @@ class CUDAGraphWrapper:
             self._check_values(call)
         key = key_of(leaves, spec)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if key not in self._graphs:
-            self._graphs[key] = self._record(leaves, spec, tensors)
-        buffers, replay = self._graphs[key]
+        graph = self.pool.find(self, key)
+        if graph is None:
+            graph = self._record(leaves, spec, tensors)
+            self.pool.add(self, key, graph)
+        buffers, replay = graph
         for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor)  # right for any strides, an expanded tensor's included
         return pytree.tree_map(self._keep, replay())
@@ -130,7 +185,7 @@ class CUDAGraphWrapper:
 
     def _record_call(self, args: tuple, kwargs: dict, tensors: list) -> Callable[[], Any]:
         try:
-            return self.recorder.record(lambda: self.fn(*args, **kwargs))
+            return self.pool.recorder.record(lambda: self.fn(*args, **kwargs))
         except Exception as error:
             shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
             raise RuntimeError(
@@ -156,13 +211,17 @@ def _static_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def wrap_components(
-    pipeline, recorder: Recorder | None = None, with_transformer: bool = True
-) -> None:
-    """Put the transformer's and the VAE decoder's forward into graphs that share one pool."""
-    recorder = recorder or CUDARecorder()
+def wrap_components(pipeline, pool: GraphPool | None = None, with_transformer: bool = True) -> None:
+    """Put the transformer's and the VAE decoder's forward into graphs of one pool."""
+    pipeline.graph_pool = pool = pool or GraphPool()
     components = {"transformer": pipeline.transformer, "decoder": pipeline.vae.decoder}
     if not with_transformer:
         del components["transformer"]
     for name, module in components.items():
-        module.forward = CUDAGraphWrapper(module.forward, name, recorder)
+        module.forward = CUDAGraphWrapper(module.forward, name, pool)
+
+
+def usage(pipeline) -> dict[str, int] | None:
+    """Say how many graphs a pipeline has recorded, dropped and kept; None without any."""
+    pool = getattr(pipeline, "graph_pool", None)
+    return None if pool is None else pool.usage()

@@ -53,7 +53,7 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
         image = hashlib.sha256(args.pil_image.tobytes()).hexdigest()
     return {
         "format": FORMAT,
-        "weights": args.checkpoint.identity(),
+        "weights": args.checkpoint.identity(args.cache_dir),
         "kind": args.checkpoint.kind,
         "prompts": prompts,
         "image": image,

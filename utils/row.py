@@ -20,7 +20,7 @@ def measure_row(args) -> tuple[dict, object, object]:
     Raises: RuntimeError for a broken picture, a recompilation, or a row that is called lossless and
         is not.
     """
-    from utils import card, peaks, quality, quality_source, reference, roofline
+    from utils import card, cudagraph, peaks, quality, quality_source, reference, roofline
     from utils.benchmark_utils import StageClock, annotate_pipeline, measure
     from utils.memory import peak_memory, reset_peak_memory, weights_gib
     from utils.pipeline_utils import generate, optimize
@@ -66,6 +66,7 @@ def measure_row(args) -> tuple[dict, object, object]:
         "call": card.call(args),
         "steps": card.plan_as_dict(args),
         "step_cache": used,
+        "cuda_graphs": cudagraph.usage(pipeline),
         "lossless": card.is_lossless(args),
         "load_s": round(load_s, 3),
         "optimize_s": round(optimize_s, 3),
@@ -142,6 +143,7 @@ def render(row: dict) -> str:
         per = " per step" if title == "denoising_step" else ""
         lines.append(f"  {title:16s} {spread(title)} s{per}")
     lines += card.step_cache(row["step_cache"])
+    lines += card.cuda_graphs(row.get("cuda_graphs"))
     memory = ", ".join(f"{name} {gib:.2f}" for name, gib in row["memory_gib"].items())
     lines.append(f"memory      {memory} GiB")
     lines += _quality_lines(row["quality"])

@@ -7,16 +7,23 @@ launches cost nothing). Fullgraph always: a graph break is an error, not a slow 
 
 The mode is max-autotune without Inductor's own CUDA graphs: utils/cudagraph.py records the whole
 forward instead, the same way for compile and for AOTI.
+
+What the compiler has made is kept in --cache-dir under the fingerprint of the run, as packages are,
+so that the next start of the same run takes it from there: torch's "mega cache", verified by its
+digest before it is unpickled. On a CPU it holds no machine code, so the C++ compiler runs again
+where its own cache is gone.
 """
 
 import os
 import shutil
+from pathlib import Path
 
 from utils.progress import say, stages
 from utils.steps import Verdict, inductor_tuning_flags, off, on, refused
 
 NAME = "compile"
 AFTER = ("inductor_tuning_flags",)
+STORED = ".compiled"  # ending of the file with what the compiler has made
 # Batch of one or more, static or dynamic size and text length, contiguous or sliced inputs: a block
 # meets more kinds of call than Dynamo's limit of 8, beyond which fullgraph is an error
 KINDS_OF_CALL = 64
@@ -58,8 +65,14 @@ def check(args) -> Verdict:
             "--compile_scope full: a step cache decides between the blocks and breaks the whole "
             "graph; use --compile_scope blocks"
         )
-    if problem := missing_compiler():
+    from utils.artifacts import cache_problem, known_early, nearest, no_cached_model
+
+    if problem := missing_compiler() or cache_problem(args.cache_dir):
         return refused(problem)
+    if args.use_cached_model:
+        root = Path(args.cache_dir).expanduser()
+        if lines := nearest(root, known_early(args, compiler_options(args)) | _about(args)):
+            return refused(no_cached_model(lines))
     shapes = {"dynamic": True} if dynamic(args.machine) else {}
     return on(scope=args.compile_scope, fullgraph=True, **shapes, **compiler_mode(args))
 
@@ -94,18 +107,79 @@ def compiler_mode(args) -> dict[str, bool]:
     return {"max_autotune": True, "coordinate_descent_tuning": True}
 
 
+def compiler_options(args) -> dict[str, bool]:
+    """Give all of Inductor's options of this run, for compile and export_aoti alike."""
+    return {**compiler_mode(args), **inductor_tuning_flags.options(args)}
+
+
+def _about(args) -> dict:
+    """Say what this step's part of the store is, beside what every package of the run shares."""
+    call = {
+        "size": f"{args.width}x{args.height}",
+        "images": len(args.prompt) * args.num_images_per_prompt,
+        "text_tokens": args.max_sequence_length,
+        "guidance": args.guidance_scale is not None,
+    }
+    return {"component": NAME, "scope": args.compile_scope, "call": call}
+
+
+def _load(root: Path, args) -> tuple[dict, bool]:
+    """Give torch what an earlier start of this run has compiled.
+
+    Returns: the identity of what is stored, and whether it still has to be stored.
+    Raises: UserError if --use-cached-model finds none of this run; lines name the fields.
+    """
+    import torch
+
+    from utils.artifacts import find, identity_of_run, no_cached_model
+    from utils.errors import UserError
+
+    identity = identity_of_run(args, compiler_options(args)) | _about(args)
+    package, lines = find(root, identity, STORED)
+    if package is None and args.use_cached_model:
+        raise UserError(no_cached_model(lines))
+    if package is None or args.force_export:
+        return identity, True
+    torch.compiler.load_cache_artifacts(package.files[STORED].read_bytes())
+    say(NAME, f"loaded {package.name}, {package.size / 2**20:.1f} MiB, from {root}")
+    return identity, False
+
+
+def _store(root: Path, identity: dict) -> None:
+    """Keep what the compiler has made in this process; without room for it the run goes on."""
+    import torch
+
+    from utils.artifacts import building, save
+    from utils.errors import UserError
+
+    made = torch.compiler.save_cache_artifacts()
+    if made is None:
+        say(NAME, "nothing to store: the compiler kept nothing in its caches")
+        return
+    try:
+        with building(root, identity):
+            package = save(root, identity, {STORED: made[0]}, {})
+    except UserError as error:
+        say(NAME, f"not stored: {error}")
+        return
+    say(NAME, f"stored {package.name}, {package.size / 2**20:.1f} MiB, in {root}")
+
+
 def apply(pipeline, args) -> None:
     """Compile both components and make the run's own call once: timed runs compile nothing."""
     import torch
 
+    from utils.artifacts import open_cache
     from utils.pipeline_utils import generate
 
+    root = open_cache(args.cache_dir)
+    identity, is_new = _load(root, args)
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, KINDS_OF_CALL)
     how = {
         "fullgraph": True,
         "dynamic": dynamic(args.machine),
-        "options": {**compiler_mode(args), **inductor_tuning_flags.options(args)},
+        "options": compiler_options(args),
     }
     transformer, decoder = pipeline.transformer, pipeline.vae.decoder
     if args.compile_scope == "blocks":
@@ -122,3 +196,5 @@ def apply(pipeline, args) -> None:
     with stages(NAME, 1) as stage:
         stage("compile and warm up")
         generate(pipeline, args)
+    if is_new:
+        _store(root, identity)

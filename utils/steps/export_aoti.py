@@ -1,25 +1,30 @@
 """torch.export + AOTInductor: pay minutes of compilation once, start in seconds afterwards.
 
 Last, instead of `compile`: the package freezes everything above. Transformer and VAE decoder each
-become one package of code without weights, made for exactly the call of this run (batch, size,
-text length, guidance or none), which is recorded rather than assumed; a later call of another kind
-gets a package of its own. Static shapes cost a build for each, and nothing at run time. On CUDA the
-forward is then put into a graph (utils/cudagraph.py). A package is used only if its whole manifest
-belongs to this run (utils/artifacts.py); everything that AOTI itself does not check, utils/aoti.py
-does.
+become one package of code without weights; with --compile_scope blocks one double and one single
+block do instead of the transformer, and serve all others with their own weights: quicker to build,
+with the glue between the blocks eager (inside the CUDA graph on a GPU). A package is made for
+exactly the call of this run (batch, size, text length, guidance or none), which is recorded rather
+than assumed; a later call of another kind gets a package of its own. Static shapes cost a build for
+each, and nothing at run time. On CUDA the forward is then put into a graph (utils/cudagraph.py). A
+package is used only if its whole manifest belongs to this run (utils/artifacts/); everything that
+AOTI itself does not check, utils/aoti.py does.
 """
 
 import time
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, compile, inductor_tuning_flags, off, on, refused
+from utils.steps import Verdict, compile, off, on, quant, refused
 
 NAME = "export_aoti"
 AFTER = ("inductor_tuning_flags",)
 
 CACHE_DIR = "~/.cache/flux-bench"
-COMPONENTS = ("transformer", "decoder")
+COMPONENTS = {  # --compile_scope -> what becomes one package each
+    "full": ("transformer", "decoder"),
+    "blocks": ("double_block", "single_block", "decoder"),
+}
 
 
 def add_flags(parser) -> None:
@@ -32,155 +37,194 @@ def add_flags(parser) -> None:
         action="store_true",
         help="load packages from --cache-dir, never build one: stop if none belongs to this run",
     )
+    parser.add_argument(
+        "--force_export",
+        action="store_true",
+        help="build packages anew, even where one of this run is stored",
+    )
 
 
 def check(args) -> Verdict:
     """Decide from the flags and the cache directory."""
-    from utils.artifacts import cache_problem, nearest
+    from utils.artifacts import cache_problem, known_early, nearest, no_cached_model
 
     mode = args.compile_export_mode
+    if args.force_export and args.use_cached_model:
+        return refused("--force_export, --use-cached-model: expected one of them")
     if mode != "export_aoti":
-        if args.use_cached_model:
-            return refused(
-                f"--use-cached-model: found --compile_export_mode {mode}, expected export_aoti "
-                "(only exported packages are kept)"
-            )
+        for flag in ("--use-cached-model", "--force_export"):
+            if mode == "disabled" and getattr(args, flag[2:].replace("-", "_")):
+                return refused(
+                    f"{flag}: found --compile_export_mode disabled, expected export_aoti or "
+                    "compile (nothing else is kept)"
+                )
         return off(f"--compile_export_mode {mode}")
-    if args.compile_scope == "blocks":
+    by_tensor = args.compile_scope == "blocks" and args.quant_granularity == "tensor"
+    if by_tensor and quant.check(args).is_on:
         return refused(
-            "--compile_scope blocks: export_aoti builds packages of whole components only; use "
-            "--compile_scope full or --compile_export_mode compile"
+            "--compile_scope blocks: scales per tensor become part of the code, so each block "
+            "would need a package of its own; use --quant_granularity row or --compile_scope full"
         )
     compiler = "" if args.use_cached_model else compile.missing_compiler()  # only to build
     if problem := compiler or cache_problem(args.cache_dir):
         return refused(problem)
     if args.use_cached_model:
         # What needs no weights is compared now; the rest in apply()
-        root, known = Path(args.cache_dir).expanduser(), _known_early(args)
-        lines = [nearest(root, known | {"component": component}) for component in COMPONENTS]
+        root, known = Path(args.cache_dir).expanduser(), known_early(args, _options(args))
+        names = COMPONENTS[args.compile_scope]
+        lines = [nearest(root, known | {"component": component}) for component in names]
         if missing := [line for part in lines for line in part]:
-            return refused(_no_cached_model(missing))
-    return on(**compile.compiler_mode(args))
-
-
-def _no_cached_model(lines: list[str]) -> str:
-    return (
-        "\n".join(f"--use-cached-model: {line}" for line in lines)
-        + "\nrun once without --use-cached-model to build the packages of this run"
-    )
+            return refused(no_cached_model(missing))
+    scope = {"scope": "blocks"} if args.compile_scope == "blocks" else {}
+    return on(**scope, **compile.compiler_mode(args))
 
 
 def apply(pipeline, args) -> None:
-    """Replace both forwards by packages and make the run's own call once.
+    """Replace the forwards by packages and make the run's own call once.
 
     A later call of another size, batch or text length gets packages of its own when it comes.
 
     Raises: UserError if --use-cached-model finds no package of this run; lines name the fields.
     """
     from utils import aoti
-    from utils.artifacts import open_cache
-    from utils.cudagraph import CUDAGraphWrapper, CUDARecorder
+    from utils.artifacts import identity_of_run, no_cached_model, open_cache
+    from utils.cudagraph import CUDAGraphWrapper, GraphPool
     from utils.errors import UserError
     from utils.pipeline_utils import generate
 
     root = open_cache(args.cache_dir)
-    modules = (pipeline.transformer, pipeline.vae.decoder)
-    components = [aoti.Component(*pair) for pair in zip(COMPONENTS, modules, strict=True)]
-    recorder = CUDARecorder()  # one, so that both components' graphs share its memory pool
-    with stages(NAME, 2 + len(components)) as stage:
+    groups = _groups(pipeline, args.compile_scope)
+    firsts = [group[0] for group in groups]
+    on_gpu = args.machine.device == "cuda"
+    pool = pipeline.graph_pool = GraphPool() if on_gpu else None
+    with stages(NAME, 2 + len(groups)) as stage:
         stage("record inputs")
-        aoti.record_inputs(components, lambda: generate(pipeline, args, num_inference_steps=1))
-        shared = _shared_identity(args)
-        if args.use_cached_model:
-            lines = [line for component in components for line in _find(root, component, shared)[2]]
-            if lines:
-                raise UserError(_no_cached_model(lines))
+        aoti.record_inputs(firsts, lambda: generate(pipeline, args, num_inference_steps=1))
+        packages = _Packages(root, args, identity_of_run(args, _options(args)))
+        if args.use_cached_model and (
+            lines := [x for one in firsts for x in packages.find(one)[2]]
+        ):
+            raise UserError(no_cached_model(lines))
 
         def provide(component):
-            identity, package, lines = _find(root, component, shared)
-            if package is None and args.use_cached_model:
-                raise UserError(_no_cached_model(lines))
-            package = package or _build(root, component, shared, identity, args)
+            package = packages.get(component)
+            if ".safetensors" in package.files and component.name not in COMPONENTS["full"]:
+                raise RuntimeError(
+                    f"export_aoti: {component.name}: has tensors that are no weights, which all "
+                    "blocks would share; use --compile_scope full"
+                )
             run = aoti.attach(component, package.files, package.constants)
-            if args.machine.device == "cuda":
-                run = CUDAGraphWrapper(run, component.name, recorder)
+            if on_gpu and component.name in COMPONENTS["full"]:
+                run = CUDAGraphWrapper(run, component.name, pool)
             return run
 
-        for component in components:
-            stage(component.name)
-            forward = aoti.PackageForward(component, provide)
-            forward.add(component.inputs)
-            component.module.forward = forward
+        for group in groups:
+            stage(group[0].name)
+            inputs = group[0].inputs
+            for component in group:
+                forward = aoti.PackageForward(component, provide)
+                forward.add(inputs)
+                component.module.forward = forward
+        if on_gpu and args.compile_scope == "blocks":  # one graph around all blocks and their glue
+            transformer = pipeline.transformer
+            transformer.forward = CUDAGraphWrapper(transformer.forward, "transformer", pool)
         stage("warm up")
         generate(pipeline, args)
 
 
-def _known_early(args) -> dict:
-    """Say what is known of a package before any weight is loaded."""
-    import dataclasses
+def _groups(pipeline, scope: str) -> list[list]:
+    """List the components that share one package each; the first of a group stands for all.
 
-    from utils import aoti, artifacts
+    Raises: RuntimeError if blocks of one kind are not built alike.
+    """
+    from utils import aoti
 
-    machine = dataclasses.asdict(args.machine)
-    return {
-        "dtype": str(args.dtype),
-        "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")},
-        "compiler": _options(args) | aoti.PACKAGE_OPTIONS,
-        "versions": artifacts.environment(),
+    transformer = pipeline.transformer
+    parts = {
+        "transformer": [transformer],
+        "double_block": transformer.transformer_blocks,
+        "single_block": transformer.single_transformer_blocks,
+        "decoder": [pipeline.vae.decoder],
     }
+    groups = [[aoti.Component(name, m) for m in parts[name]] for name in COMPONENTS[scope]]
+    for first, *others in groups:
+        for other in others:
+            if _kinds(other.module) != _kinds(first.module):
+                raise RuntimeError(f"export_aoti: not all modules of {first.name} are built alike")
+    return groups
 
 
-def _shared_identity(args) -> dict:
-    """Say what every package of this run depends on; a local checkpoint is read once for it."""
-    from utils import aoti, artifacts, calls
-
-    here = Path(__file__).parent
-    steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
-    sources = [here / f"{name}.py" for name in steps]
-    sources += [*(here.parent / "kernels").glob("*.py"), Path(aoti.__file__), Path(calls.__file__)]
-    return _known_early(args) | {
-        "checkpoint": {"name": args.checkpoint.name, "weights": args.checkpoint.identity()},
-        "steps": {name: verdict.settings for name, verdict in steps.items()},
-        "code": artifacts.code_digest([file for file in sources if file.exists()]),
-    }
+def _kinds(module) -> list[tuple]:
+    """List the classes of all that a module is made of; its weights are compared by attach()."""
+    return [(name, type(part)) for name, part in module.named_modules()]
 
 
 def _options(args) -> dict:
-    return {**compile.compiler_mode(args), **inductor_tuning_flags.options(args)}
+    from utils.aoti import PACKAGE_OPTIONS
+
+    return compile.compiler_options(args) | PACKAGE_OPTIONS
 
 
-def _find(root: Path, component, shared: dict) -> tuple:
-    """Look for a component's package: its identity, the package or None, and the reasons."""
-    from utils import aoti, artifacts
+class _Packages:
+    """The packages of one run: looked for, built where there is none, and each read once."""
 
-    weights = component.weights()
-    identity = shared | {
-        "component": component.name,
-        "inputs": aoti.describe(component.inputs),
-        "folded_weights": aoti.folded_values(weights),
-    }
-    package, lines = artifacts.find(root, identity)
-    if package is not None:
-        problems = aoti.constant_problems(package.constants, weights)
-        lines = [f"{package.name}: {line}" for line in problems]
-    return identity, None if lines else package, lines
+    def __init__(self, root: Path, args, shared: dict) -> None:
+        self.root, self.args, self.shared = root, args, shared
+        self.known: dict = {}  # name -> Package that this process has verified or built
 
+    def find(self, component) -> tuple:
+        """Look for a component's package: its identity, the package or None, and the reasons."""
+        from utils import aoti, artifacts
 
-def _build(root: Path, component, shared: dict, identity: dict, args):
-    """Export, compile and store one component, unless another process has just done so."""
-    from utils import aoti, artifacts
+        weights = component.weights()
+        identity = self.shared | {
+            "component": component.name,
+            "inputs": aoti.describe(component.inputs),
+            "folded_weights": aoti.folded_values(weights),
+        }
+        package, lines = self.known.get(artifacts.name_of(identity)), []
+        if package is None:
+            package, lines = artifacts.find(self.root, identity)
+        if package is not None:
+            problems = aoti.constant_problems(package.constants, weights)
+            lines = [f"{package.name}: {line}" for line in problems]
+        return identity, None if lines else package, lines
 
-    start = time.perf_counter()
-    with artifacts.building(root, identity):
-        if (package := _find(root, component, shared)[1]) is not None:
-            return package
-        say(NAME, f"{component.name}: no package of this call yet; minutes at full size, once")
-        program = aoti.export(component)
-        files, constants = aoti.compile_package(program, component, _options(args))
-        package = artifacts.save(root, identity, files, constants)
-    say(
-        NAME,
-        f"built {package.name} in {time.perf_counter() - start:.0f} s, "
-        f"{package.size / 2**20:.1f} MiB, in {root}",
-    )
-    return package
+    def get(self, component):
+        """Give a component's package, built now if it has to be.
+
+        Raises: UserError if it may not be built.
+        """
+        from utils.artifacts import no_cached_model
+        from utils.errors import UserError
+
+        identity, package, lines = self.find(component)
+        if package is None and self.args.use_cached_model:
+            raise UserError(no_cached_model(lines))
+        if package is None or (self.args.force_export and package.name not in self.known):
+            package = self._build(component, identity)
+        self.known[package.name] = package
+        return package
+
+    def _build(self, component, identity: dict):
+        """Export, compile and store a component, unless another process has just done so."""
+        from utils import aoti, artifacts
+
+        start, forced = time.perf_counter(), self.args.force_export
+        with artifacts.building(self.root, identity) as scratch:
+            package = self.find(component)[1]
+            if package is not None and not forced:
+                return package
+            why = "--force_export" if forced else "no package of this call yet"
+            say(NAME, f"{component.name}: {why}; minutes at full size, once")
+            program = aoti.export(component)
+            files, constants = aoti.compile_package(
+                program, component, _options(self.args), scratch
+            )
+            package = artifacts.save(self.root, identity, files, constants)
+        say(
+            NAME,
+            f"built {package.name} in {time.perf_counter() - start:.0f} s, "
+            f"{package.size / 2**20:.1f} MiB, in {self.root}",
+        )
+        return package

@@ -1,0 +1,111 @@
+"""What torch.compile has made, in the store: found again, refused by field, not opened damaged."""
+
+import pytest
+import torch
+from aoti_pieces import generate, make_args, make_pipeline
+
+from utils import artifacts
+from utils.errors import UserError
+from utils.steps import compile, inductor_tuning_flags, on
+
+CALL = {"prompt": ["x"], "num_images_per_prompt": 1, "max_sequence_length": 32}
+
+
+def arguments(root, **changes):
+    settings = {"compile_export_mode": "compile", "compile_scope": "blocks"}
+    settings |= CALL | {"guidance_scale": None, "cache_dit_config": None}
+    return make_args(root, **(settings | changes))
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Store three bytes for a run as the step does: the folder, its arguments, what was loaded."""
+    loaded = []
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"abc", None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
+    args = arguments(tmp_path / "cache")
+    root = artifacts.open_cache(args.cache_dir)
+    identity, is_new = compile._load(root, args)
+    assert is_new and not loaded
+    compile._store(root, identity)
+    return root, args, loaded
+
+
+def test_the_next_start_of_the_same_run_loads_it(stored):
+    root, args, loaded = stored
+    args.use_cached_model = True
+    assert compile.check(args).is_on
+    assert compile._load(root, args)[1] is False and loaded == [b"abc"]
+    args.use_cached_model, args.force_export = False, True
+    assert compile._load(root, args)[1] is True and loaded == [b"abc"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "early"),
+    [
+        ({"width": 32}, "call.size: found 16x16, expected 32x16", True),
+        ({"prompt": ["x", "y"]}, "call.images: found 1, expected 2", True),
+        ({"max_sequence_length": 64}, "call.text_tokens: found 32, expected 64", True),
+        ({"guidance_scale": 3.5}, "call.guidance: found False, expected True", True),
+        ({"compile_scope": "full"}, "scope: found blocks, expected full", True),
+        ({"dtype": torch.bfloat16}, "dtype: found torch.float32, expected torch.bfloat16", True),
+        ({"plan": {"quant": on(granularity="row")}}, "steps.quant.granularity: found noth", False),
+    ],
+    ids=["size", "batch", "text", "guidance", "scope", "dtype", "steps"],
+)
+def test_another_run_is_refused_by_field(stored, changes, field, early):
+    root, _, loaded = stored
+    args = arguments(root, use_cached_model=True, **changes)
+    verdict = compile.check(args)
+    assert (verdict.state == "refused" and field in verdict.reason) is early
+    with pytest.raises(UserError, match=field):
+        compile._load(root, args)
+    assert not loaded
+
+
+def test_a_damaged_file_is_compiled_anew_and_never_loaded(stored):
+    root, args, loaded = stored
+    (path,) = root.glob("*.compiled")
+    path.write_bytes(b"abd")
+    assert compile._load(root, args)[1] is True
+    args.use_cached_model = True
+    with pytest.raises(UserError, match="sha256: found"):
+        compile._load(root, args)
+    path.write_bytes(b"abc")
+    path.chmod(0o666)
+    with pytest.raises(UserError, match="mode: found 0666"):
+        compile._load(root, args)
+    assert not loaded
+
+
+def test_a_full_disk_costs_the_stored_copy_and_not_the_run(stored, monkeypatch, capsys):
+    root, args, _ = stored
+
+    def full(*_):
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr(artifacts, "save", full)
+    compile._store(root, compile._load(root, args)[0])
+    assert "compile: not stored: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_no_graph(tmp_path, monkeypatch):
+    """Both starts with empty compiler caches: only the store is left between them."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    monkeypatch.setattr("utils.pipeline_utils.generate", generate)
+    images = []
+    for use_cached_model in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        with fresh_cache():
+            pipeline = make_pipeline()
+            args = arguments(tmp_path / "cache", use_cached_model=use_cached_model)
+            args.plan["inductor_tuning_flags"] = inductor_tuning_flags.check(args)
+            compile.apply(pipeline, args)
+            images.append(generate(pipeline, args))
+        misses = counters["inductor"]["fxgraph_cache_miss"]
+        assert (misses == 0) is use_cached_model
+    assert torch.equal(*images)

@@ -1,0 +1,56 @@
+"""Cold and warm starts, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import startup
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "utils.startup", "--device", "cpu", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_start_is_timed_from_the_moment_it_is_asked_for(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    done = run("--starts", "disabled", "--images", 2, "--results", path, "--note", "busy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = rows_of(path)
+    first, second = row["images_s"]
+    assert 0 < row["load_s"] + row["optimize_s"] < first < second
+    assert row["command"].startswith("python -m utils.startup --starts disabled --device cpu")
+    assert (row["state"], row["note"], row["stored_mib"]) == ("cold", "busy", 0)
+    assert row["memory_gib"]["host_peak"] > 0 and row["environment"]["versions"]["torch"]
+    assert "| disabled | cold | " in done.stdout
+
+
+def test_unknown_starts_are_one_line(tmp_path):
+    done = run("--starts", "export", "--results", tmp_path / "rows.jsonl")
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: --starts: unknown 'export' (expected some of: disabled")
+
+
+def test_words_of_the_command_itself_stay_behind():
+    words = ["--ckpt", "x", "--starts", "a,b", "--results=r", "--cache_dir", "c", "--seed", "1"]
+    assert startup.own_words(words) == ["--ckpt", "x", "--seed", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["compile blocks", "export_aoti blocks"])
+def test_a_warm_start_finds_what_the_cold_one_stored(start, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    done = run("--starts", start, "--images", 1, "--results", path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cold, warm = rows_of(path)
+    assert cold["stored_mib"] == warm["stored_mib"] > 0.05
+    assert warm["optimize_s"] < cold["optimize_s"]

@@ -1,0 +1,36 @@
+"""Store of exported packages: which run each belongs to, and nothing else is ever loaded.
+
+private.py      whose files are trusted, and writes that leave all or nothing
+identity.py     what a package belongs to: names, versions, differences field by field
+run.py          the part of it that all packages of one run share
+store.py        packages: a manifest, written last, and the files that it lists with their digests
+digests.py      digests of a checkpoint's files, read once
+__main__.py     python -m utils.artifacts list | verify | prune
+"""
+
+from utils.artifacts.digests import checkpoint_digest
+from utils.artifacts.identity import code_digest, differences, environment, name_of
+from utils.artifacts.private import cache_problem, open_cache, write_atomically
+from utils.artifacts.run import identity_of_run, known_early, no_cached_model
+from utils.artifacts.store import FORMAT, Package, building, find, nearest, read_manifest, save
+
+__all__ = [
+    "FORMAT",
+    "Package",
+    "building",
+    "cache_problem",
+    "checkpoint_digest",
+    "code_digest",
+    "differences",
+    "environment",
+    "find",
+    "identity_of_run",
+    "known_early",
+    "name_of",
+    "nearest",
+    "no_cached_model",
+    "open_cache",
+    "read_manifest",
+    "save",
+    "write_atomically",
+]

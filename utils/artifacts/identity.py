@@ -1,0 +1,69 @@
+"""What a package belongs to: every field that shapes its code, compared one by one.
+
+The name of a package carries a hash of what was asked for; what the machine's software was is
+compared but not hashed, so an upgrade replaces a package instead of leaving one more.
+"""
+
+import hashlib
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+UNHASHED = ("versions", "code")  # compared, but an upgrade replaces rather than adds
+
+
+def environment() -> dict:
+    """Name the versions of everything that shapes compiled code or is linked by it."""
+    import torch
+
+    versions = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    for package in ("torch", "triton", "torchao", "diffusers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions | {
+        "os": f"{platform.system()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
+        "cpu_isa": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def code_digest(files: list[Path]) -> str:
+    """Digest the sources that shape the graph: who edits a kernel must not run the old one."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def plain(value):
+    """Reduce to what JSON gives back, so that both sides of a comparison look alike."""
+    return json.loads(json.dumps(value, sort_keys=True, default=str))
+
+
+def name_of(identity: dict) -> str:
+    """Name the package of an identity: its component and a short fingerprint."""
+    hashed = {key: value for key, value in plain(identity).items() if key not in UNHASHED}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    return f"{identity['component']}-{digest[:12]}"
+
+
+def flat(value, prefix: str = "") -> dict[str, object]:
+    """Name every leaf of nested dicts by its path, with dots."""
+    if isinstance(value, dict) and value:
+        pairs = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items())
+        return {key: leaf for part in pairs for key, leaf in part.items()}
+    return {prefix: value}
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    """Compare two identities field by field: one line for each that differs."""
+    found, expected = flat(plain(found)), flat(plain(expected))
+    absent = "nothing"
+    return [
+        f"{key}: found {found.get(key, absent)}, expected {expected.get(key, absent)}"
+        for key in sorted(found.keys() | expected.keys())
+        if json.dumps(found.get(key, absent)) != json.dumps(expected.get(key, absent))  # 1 == True
+    ]

@@ -1,0 +1,44 @@
+"""What every package of one run depends on, from its arguments."""
+
+import dataclasses
+from pathlib import Path
+
+from utils.artifacts.identity import code_digest, environment
+
+UTILS = Path(__file__).resolve().parent.parent
+GRAPH = ("aoti.py", "calls.py")  # sources that shape a package beside the steps and kernels
+
+
+def known_early(args, compiler: dict) -> dict:
+    """Say what is known of a package before any weight is loaded; `compiler`: its options."""
+    from utils import card
+
+    machine = dataclasses.asdict(args.machine)
+    driver = card.gpu_state(args).get("driver_version")
+    return {
+        "dtype": str(args.dtype),
+        "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")},
+        "compiler": compiler,
+        "versions": environment() | {"driver": driver},
+    }
+
+
+def no_cached_model(lines: list[str]) -> str:
+    """Say why --use-cached-model stops, one line per differing field, and what to do."""
+    return (
+        "\n".join(f"--use-cached-model: {line}" for line in lines)
+        + "\nrun once without --use-cached-model to build the packages of this run"
+    )
+
+
+def identity_of_run(args, compiler: dict) -> dict:
+    """Say what every package of this run depends on; a local checkpoint is read once for it."""
+    steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
+    sources = [UTILS / "steps" / f"{name}.py" for name in steps]
+    sources += [*(UTILS / "kernels").glob("*.py"), *(UTILS / name for name in GRAPH)]
+    weights = args.checkpoint.identity(args.cache_dir)
+    return known_early(args, compiler) | {
+        "checkpoint": {"name": args.checkpoint.name, "weights": weights},
+        "steps": {name: verdict.settings for name, verdict in steps.items()},
+        "code": code_digest([file for file in sources if file.exists()]),
+    }

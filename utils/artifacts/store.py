@@ -1,0 +1,294 @@
+"""Packages on disk: a manifest, and the files that it lists with their sizes and digests.
+
+The manifest is written last and by rename: the manifest is the package. A kill before that leaves
+the previous package as it was, and files that no manifest lists, which the next build of the same
+package or `prune` removes.
+
+    transformer-1f2e3d4c5b6a.json                  manifest: identity, constants, files
+    transformer-1f2e3d4c5b6a-90ab12cd.pt2          code, named by its content
+    transformer-1f2e3d4c5b6a-77aa66bb.safetensors  tensors that are no weight of the pipeline
+    .transformer-1f2e3d4c5b6a.lock, .building      while it is being built
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from utils.artifacts.identity import differences, name_of, plain
+from utils.artifacts.private import file_problem, write_atomically
+from utils.errors import UserError
+from utils.progress import say
+
+FORMAT = 2
+NAME = re.compile(r"\.?([a-z_]+-[0-9a-f]{12})[-.]")  # how every file of a package begins
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+ENTRY = {"name": str, "sha256": str, "size": int}  # what a manifest says of each file
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package whose manifest and digests have been verified."""
+
+    name: str
+    files: dict[str, Path]  # suffix (".pt2", ".safetensors") -> file
+    constants: dict[str, list]  # name of each weight the code expects -> shape, dtype, stride
+
+    @property
+    def size(self) -> int:
+        """Units: bytes."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+
+def read_manifest(path: Path) -> tuple[dict | None, str]:
+    """Read a manifest of this format and shape.
+
+    Returns: the manifest, or None and what is wrong with it.
+    """
+    try:
+        if problem := file_problem(path):
+            return None, problem
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None, f"{path.stem}: found no manifest of this name"
+    except (OSError, ValueError, RecursionError):
+        return None, f"{path.name}: found no readable manifest"
+    if not isinstance(manifest, dict):
+        return None, f"{path.name}: found no readable manifest"
+    if manifest.get("format") != FORMAT:
+        return None, f"{path.stem}: format: found {manifest.get('format')}, expected {FORMAT}"
+    if manifest.get("sha256") != checksum(manifest):
+        return None, f"{path.name} sha256: found that of another text than the file's own"
+    for key in ("identity", "constants", "files"):
+        if not isinstance(manifest.get(key), dict):
+            return None, f"{path.stem}: {key}: found {manifest.get(key)!r}, expected an object"
+    for suffix, entry in manifest["files"].items():
+        fits = isinstance(entry, dict) and entry.keys() == ENTRY.keys()
+        fits = fits and all(type(entry[key]) is kind for key, kind in ENTRY.items())
+        if not fits or entry["name"] != f"{path.stem}-{entry['sha256'][:8]}{suffix}":
+            return None, f"{path.stem}: files.{suffix}: found {entry}, expected {', '.join(ENTRY)}"
+    return manifest, ""
+
+
+def checksum(manifest: dict) -> str:
+    """Digest all that a manifest says, its own digest aside."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def find(root: Path, identity: dict, code: str = ".pt2") -> tuple[Package | None, list[str]]:
+    """Look for the package of this run and verify all of it, before anything opens its files.
+
+    Returns: the package and no line; or None and what stands against the nearest one, one line
+        per differing field.
+    """
+    name = name_of(identity)
+    path = root / f"{name}.json"
+    if not os.path.lexists(path):
+        return None, nearest(root, identity) or [f"{name}: found no manifest of this name"]
+    manifest, problem = read_manifest(path)
+    if manifest is None:
+        return None, [problem]
+    lines = [f"{name}: {line}" for line in differences(manifest["identity"], identity)]
+    lines += file_problems(root, name, manifest)
+    if code not in manifest["files"]:
+        lines.append(f"{name}: files: found no {code}")
+    if lines:
+        return None, lines
+    with suppress(OSError):
+        os.utime(path)  # when it was last used, for prune
+    files = {suffix: root / entry["name"] for suffix, entry in manifest["files"].items()}
+    return Package(name, files, manifest["constants"]), []
+
+
+def file_problems(root: Path, name: str, manifest: dict, digests: bool = True) -> list[str]:
+    """Compare the files of a package with what its manifest says of them: one line each."""
+    lines = []
+    for entry in manifest["files"].values():
+        path = root / entry["name"]
+        try:
+            problem = file_problem(path)
+            if not problem and (size := path.stat().st_size) != entry["size"]:
+                problem = f"{path.name} size: found {size}, expected {entry['size']}"
+            if not problem and digests:
+                with path.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                if digest != entry["sha256"]:
+                    expected = entry["sha256"][:16]
+                    problem = f"{path.name} sha256: found {digest[:16]}, expected {expected}"
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            why = getattr(error, "strerror", None) or error
+            problem = f"{path.name}: found {why}, expected {entry['size']} bytes"
+        if problem:
+            lines.append(f"{name}: {problem}")
+    return lines
+
+
+def nearest(root: Path, identity: dict) -> list[str]:
+    """Say what the least different package of this component has against it, if anything.
+
+    Of an incomplete identity (before weights are loaded) only what is there is compared.
+    """
+    component, best = identity["component"], None
+    for path in sorted(root.glob(f"{component}-*.json")):
+        manifest, _ = read_manifest(path)
+        if manifest is None:
+            continue
+        found = {key: value for key, value in manifest["identity"].items() if key in identity}
+        lines = differences(found, identity)
+        if best is None or len(lines) < len(best):
+            best = [f"{path.stem}: {line}" for line in lines]
+    return [f"{component}: found no package in {root}"] if best is None else best
+
+
+@contextmanager
+def locked(root: Path, name: str, wait: bool = True):
+    """Hold one package's lock, and remove its file in the end. A kill releases it.
+
+    Yields: whether the lock is held; without `wait` it may not be.
+    Raises: UserError if the disk is full or the folder gone.
+    """
+    path = root / f".{name}.lock"
+    while True:
+        with _open_lock(path) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                say("artifacts", f"{name}: another process builds it; waiting")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(lock, path):
+                continue  # its last holder has removed the file: this lock excludes nobody
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)  # while it is held
+            return
+
+
+def _open_lock(path: Path):
+    try:  # for its owner alone: who may open it may hold it
+        return open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
+    except OSError as error:
+        raise _unwritable(path.parent, path.name, error) from error
+
+
+def _is_at(file, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def building(root: Path, identity: dict):
+    """Hold the right to build one package; a second process waits.
+
+    What a killed build has left is removed first.
+
+    Yields: a folder of one's own, in the store; it is gone afterwards.
+    Raises: UserError if the disk is full or the folder gone.
+    """
+    name = name_of(identity)
+    with locked(root, name):
+        remove_leftovers(root, name)
+        scratch = root / f".{name}.building"
+        try:
+            scratch.mkdir(mode=0o700)
+            yield scratch
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise _unwritable(root, name, error) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def files_of(root: Path, name: str) -> list[Path]:
+    """List everything in the store that belongs to one package, its lock aside."""
+    found = [path for path in root.iterdir() if (m := NAME.match(path.name)) and m[1] == name]
+    return [path for path in found if path.name != f".{name}.lock"]
+
+
+def remove_leftovers(root: Path, name: str) -> list[str]:
+    """Remove what no manifest lists. Only with the package's lock held.
+
+    Returns: the names of what was removed.
+    """
+    kept = {f"{name}.json", *_listed(root / f"{name}.json")}
+    leftovers = [path for path in files_of(root, name) if path.name not in kept]
+    for path in leftovers:
+        remove(path)
+    return [path.name for path in leftovers]
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _listed(manifest: Path) -> set[str]:
+    """Name the files that a manifest lists, one of another format included."""
+    try:
+        entries = json.loads(manifest.read_text())["files"].values()
+        return {Path(entry["name"]).name for entry in entries}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return set()
+
+
+def save(root: Path, identity: dict, files: dict[str, bytes], constants: dict) -> Package:
+    """Write a package, then its manifest, then remove the files of the one that it replaces.
+
+    Raises: UserError if the disk is full or the folder gone; what was there before still stands.
+    """
+    name = name_of(identity)
+    manifest_path = root / f"{name}.json"
+    previous = _listed(manifest_path)
+    entries, written = {}, []
+    try:
+        for suffix, content in files.items():
+            digest = hashlib.sha256(content).hexdigest()
+            path = root / f"{name}-{digest[:8]}{suffix}"
+            if not path.exists():
+                written.append(path)
+            write_atomically(path, content)
+            entries[suffix] = {"name": path.name, "sha256": digest, "size": len(content)}
+        manifest = {
+            "format": FORMAT,
+            "built": datetime.now(UTC).isoformat(timespec="seconds"),
+            "identity": identity,
+            "constants": constants,
+            "files": entries,
+        }
+        manifest = plain(manifest)
+        manifest["sha256"] = checksum(manifest)
+        write_atomically(manifest_path, json.dumps(manifest, indent=1).encode())
+    except BaseException as error:  # Ctrl-C included: no file without a manifest stays behind
+        kept = _listed(manifest_path)  # the new files, if it failed after the rename
+        for path in written:
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(root, name, error) from error
+        raise
+    paths = {suffix: root / entry["name"] for suffix, entry in entries.items()}
+    for old in previous - {path.name for path in paths.values()}:
+        (root / old).unlink(missing_ok=True)
+    return Package(name, paths, manifest["constants"])
+
+
+def _unwritable(root: Path, name: str, error: OSError) -> UserError:
+    return UserError(f"--cache-dir {root}: {name}: {error.strerror or error}")
