@@ -1,14 +1,16 @@
 """The store of packages alone, and what the step refuses before any weight is loaded."""
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
 
 import pytest
-from aoti_pieces import make_args
+from aoti_pieces import make_args, transformer_call
 
-from utils import artifacts
+from utils import aoti, artifacts
+from utils.artifacts.store import checksum
 from utils.errors import UserError
 from utils.steps import export_aoti, on
 
@@ -163,6 +165,52 @@ def test_digests_are_read_once_and_again_after_any_change(tmp_path, monkeypatch)
     kept.chmod(0o666)
     artifacts.checkpoint_digest(folder, root)
     assert len(read) == 4
+
+
+def leaves(value: dict, path: tuple = ()):
+    """Name every field of nested dicts by its keys."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from leaves(inner, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def test_every_field_of_a_real_run_is_refused_by_name(tmp_path):
+    root, args = (
+        store(tmp_path),
+        make_args(tmp_path / "cache", plan={"quant": on(granularity="row")}),
+    )
+    identity = artifacts.identity_of_run(args, export_aoti._options(args)) | {
+        "component": "transformer",
+        "inputs": aoti.describe(transformer_call()),
+        "folded_weights": None,
+    }
+    package = artifacts.save(root, identity, {".pt2": b"code"}, {})
+    path = root / f"{package.name}.json"
+    whole, fields = path.read_text(), set()
+    for *parents, leaf in leaves(identity):
+        manifest = json.loads(whole)
+        at = manifest["identity"]
+        for parent in parents:
+            at = at[parent]
+        at[leaf] = "another"
+        path.write_text(json.dumps(manifest | {"sha256": checksum(manifest)}))
+        field = ".".join((*parents, leaf))
+        fields.add(field)
+        found, lines = artifacts.find(root, identity)
+        assert found is None and len(lines) == 1, field
+        assert lines[0].startswith(f"{package.name}: {field}: found another, expected ")
+    path.write_text(whole)
+    assert artifacts.find(root, identity)[0] == package
+    assert fields >= {
+        *(f"checkpoint.{key}" for key in ("name", "weights")),
+        *(f"machine.{key}" for key in ("device", "name", "capability", "hip")),
+        *(f"versions.{key}" for key in ("torch", "triton", "torchao", "diffusers", "cuda")),
+        *(f"versions.{key}" for key in ("driver", "os", "libc", "cpu_isa")),
+        *("component", "dtype", "code", "steps.quant.granularity", "inputs.hidden_states.shape"),
+        *("compiler.epilogue_fusion", "compiler.always_keep_tensor_constants"),
+    }
 
 
 def test_check_refuses_a_cache_directory_that_cannot_be_made(tmp_path):
