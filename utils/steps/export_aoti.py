@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, compile, inductor_tuning_flags, off, on, refused
+from utils.steps import Verdict, compile, inductor_tuning_flags, off, on, refused, step_mask
 
 NAME = "export_aoti"
 AFTER = ("inductor_tuning_flags",)
@@ -136,6 +136,7 @@ def _shared_identity(args) -> dict:
 
     here = Path(__file__).parent
     steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
+    steps.pop(step_mask.NAME, None)  # calls the package or not, and is not in it
     sources = [here / f"{name}.py" for name in steps]
     sources += [*(here.parent / "kernels").glob("*.py"), Path(aoti.__file__), Path(calls.__file__)]
     return _known_early(args) | {
