@@ -9,7 +9,7 @@ from PIL import Image
 
 from utils import cache_sweep, curve
 from utils.errors import UserError
-from utils.steps.step_mask import PRESETS
+from utils.steps.step_mask import PRESETS, mask_of
 
 
 def test_masks_by_warm_steps_and_period():
@@ -37,7 +37,8 @@ def test_points_have_names_of_their_own_and_fit_the_steps():
         assert len({point.name for point in listed}) == len(listed)
         assert {point.kind for point in listed} <= set(curve.STYLES)
         assert all(len(point.mask) == steps for point in listed if point.mask)
-        assert {f"{name} o1 g0.5" for name in PRESETS} < {point.name for point in listed}
+        masks = {point.mask for point in listed}
+        assert all(mask_of(name, steps) in masks for name in PRESETS)
     kinds = cache_sweep.choose(listed, "dbcache, 4/3 o0 g1")
     assert len(kinds) == len(cache_sweep.THRESHOLDS) + 1
     with pytest.raises(UserError, match="unknown point 'dbcach'"):

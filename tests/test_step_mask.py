@@ -8,6 +8,7 @@ from conftest import make_args
 from test_cudagraph import RerunRecorder
 
 from utils import card, quality
+from utils.benchmark_utils import StageClock, annotate_pipeline
 from utils.calls import only_known_calls
 from utils.cudagraph import wrap_components
 from utils.errors import UserError
@@ -109,6 +110,15 @@ def test_the_transformer_is_not_called_on_reused_steps_and_the_card_says_which(m
     text = card.render(args)
     assert "mask=110100 computed=3/6 order=1 gain=0.5 psnr_on_flux=not-measured  [lossy]" in text
     assert not card.is_lossless(args)
+
+
+def test_only_computed_steps_are_timed_as_denoising_steps():
+    pipeline, args = pipeline_of(*SHORT, *SOME)
+    clock = StageClock("cpu")
+    annotate_pipeline(pipeline, clock)
+    generate(pipeline, args)
+    assert len(clock.read()["denoising_step"]) == 3
+    assert reused_steps(pipeline, args) == COMPUTED
 
 
 def test_calls_of_any_kind_leave_nothing_to_each_other(masked):

@@ -12,6 +12,7 @@ With FLUX.1's own weights: python -m utils.cache_sweep --ckpt black-forest-labs/
 
 import copy
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -68,8 +69,10 @@ def published(steps: int) -> dict[str, tuple[bool, ...]]:
 
 def points(steps: int) -> list[Point]:
     """List every point of the curve for a number of steps."""
-    masks = {name: mask_of(name, steps) for name in PRESETS}
-    masks |= {f"{w}/{p}": every(w, p, steps) for w in WARM for p in PERIODS} | published(steps)
+    masks = {f"{w}/{p}": every(w, p, steps) for w in WARM for p in PERIODS} | published(steps)
+    for name in PRESETS:  # of 28 steps they are some of those above
+        if (mask := mask_of(name, steps)) not in masks.values():
+            masks[name] = mask
     found = [
         Point(f"{name} o{order} g{gain:g}", "mask", mask, order, gain)
         for name, mask in masks.items()
@@ -159,7 +162,7 @@ class Sweep:
         own = args.checkpoint.source != "bundled" and not args.random_weights
         return {
             "format": FORMAT,
-            "command": card.command(),
+            "command": shlex.join(["python", "-m", "utils.cache_sweep", *self.argv]),
             "name": point.name,
             "kind": point.kind,
             "mask": point.mask and "".join(str(int(c)) for c in point.mask),

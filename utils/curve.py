@@ -1,12 +1,13 @@
 """Plot the curve of step caching: computed steps against the worst picture's PSNR (cache_sweep.py).
 
 The envelope of the masks is drawn as a line: for so many computed steps, the best that any of them
-reaches.
+reaches. The presets are named.
 """
 
 import itertools
 
 from utils.report_plot import WIDTH, Drawing, ticks, to_png
+from utils.steps.step_mask import PRESETS
 
 LEFT, RIGHT, TOP, HEIGHT = 64, WIDTH - 24, 56, 420  # pixels
 MARGIN_DB = 15.0  # above another seed: what a preset has to keep on trained small weights
@@ -74,9 +75,13 @@ def draw(rows: list[dict]) -> bytes:
     for row in shown:
         x, y = x_of(row["computed"]), y_of(_worst(row))
         drawing.box(x - 3, y - 3, 6, 6, STYLES[row["kind"]])
-    for row in best:
-        x, y = x_of(row["computed"]), y_of(_worst(row))
-        drawing.text(x, y - 12, row["name"], "text", "middle", 11)
+    presets = {(preset.mask, preset.order, preset.gain): name for name, preset in PRESETS.items()}
+    for row in shown:
+        if row["kind"] == "mask" and (row["mask"], row["order"], row["gain"]) in presets:
+            name = presets[row["mask"], row["order"], row["gain"]]
+            x, y = x_of(row["computed"]), y_of(_worst(row))
+            drawing.line(x, y - 4, x, y - 28, "text")
+            drawing.text(x, y - 36, name, "text", "middle")
     drawing.height = bottom + 44
     return to_png(drawing)
 
