@@ -30,7 +30,7 @@ PREDICTIONS = ((0, 1.0), (1, 0.5), (1, 1.0), (2, 0.5))  # order and gain
 WARM, PERIODS = (3, 4, 6), (2, 3, 4, 5)
 FEWER = (24, 20, 16, 14, 12, 10, 8)  # steps of a plain run
 THRESHOLDS = (0.04, 0.08, 0.12, 0.2, 0.3, 0.5)
-BLOCKS = ("4/3", "4/4")  # masks that DBCache is given as well
+BLOCKS = ((4, 3), (4, 4))  # warm steps and period of masks that DBCache is given as well
 SETTINGS = ROOT / "cache_config.yaml"
 
 
@@ -82,15 +82,16 @@ def points(steps: int) -> list[Point]:
     for value in THRESHOLDS:
         settings = {"residual_diff_threshold": value}
         found.append(Point(f"threshold {value:g}", "dbcache", settings=settings))
-    for name in BLOCKS:
+    for warm, period in BLOCKS:
+        mask = every(warm, period, steps)
         for taylor in (False, True):
             settings = {
-                "steps_computation_mask": [int(computed) for computed in masks[name]],
+                "steps_computation_mask": [int(computed) for computed in mask],
                 "steps_computation_policy": "static",
                 "enable_taylorseer": taylor,
             }
-            label = f"{name} blocks o{int(taylor)}"
-            found.append(Point(label, "dbcache mask", masks[name], settings=settings))
+            label = f"{warm}/{period} blocks o{int(taylor)}"
+            found.append(Point(label, "dbcache mask", mask, settings=settings))
     return found
 
 

@@ -110,19 +110,29 @@ def prediction(args) -> tuple[int, float]:
 def mask_of(text: str, steps: int) -> tuple[bool, ...]:
     """Read a mask for a call of so many steps: True is computed.
 
-    A preset is stretched: step i of N does what step floor(28 i / N) of its 28 does, so that the
-    share of computed steps stays. A mask that is written out fits its own number of steps only.
+    A preset is stretched: up to each point of the loop the same share of steps is computed as of
+    its 28. A mask that is written out fits its own number of steps only.
 
     Raises: ValueError in one line for what is no mask, or not one of this call.
     """
     if text in PRESETS:
-        preset = PRESETS[text].mask
-        mask = tuple(preset[i * len(preset) // steps] == "1" for i in range(steps))
+        mask = stretch(PRESETS[text].mask, steps)
     else:
         mask = _written_out(text, steps)
     if not mask[0]:
         raise ValueError("step 0 is left out, expected it computed: there is nothing before it")
     return mask
+
+
+def stretch(mask: str, steps: int) -> tuple[bool, ...]:
+    """Stretch a mask to another number of steps, its line of computed steps so far kept."""
+    length = len(mask)
+    due = []  # computed steps before step i, rounded up; `length` times that is a whole number
+    for i in range(steps + 1):
+        whole, part = divmod(length * i, steps)
+        inside = part * (mask[whole : whole + 1] == "1")
+        due.append(-(-(mask[:whole].count("1") * steps + inside) // length))
+    return tuple(due[i + 1] > due[i] for i in range(steps))
 
 
 def _written_out(text: str, steps: int) -> tuple[bool, ...]:
