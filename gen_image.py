@@ -14,9 +14,8 @@ def main() -> None:
     quiet_libraries()
     from utils import card, cudagraph
     from utils.images import save_images
-    from utils.pipeline_utils import generate, optimize
+    from utils.pipeline_utils import generate, optimize, reused_steps
     from utils.prepare import begin
-    from utils.steps.cache_dit import last_call
 
     pipeline, load_s = begin(args)
     start = time.perf_counter()
@@ -24,7 +23,7 @@ def main() -> None:
     optimized = time.perf_counter()
     images = generate(pipeline, args)
     done = time.perf_counter()
-    used = last_call(pipeline, args)
+    used = reused_steps(pipeline, args)
     for line in (*card.step_cache(used), *card.cuda_graphs(cudagraph.usage(pipeline))):
         print(line)
     for path in save_images(images, args, used):

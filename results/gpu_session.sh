@@ -89,6 +89,21 @@ for part in "$@"; do
     dev-cache) # compiled blocks without graphs, reused steps; the pattern stands in the row
       row 180 bf16-cache $DEV --disable_quant $CACHE --num_runs 5
       row 180 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$OUT/dev-cache.json.gz" ;;
+    dev-mask) # the presets' own steps, graphs kept: what they leave of the time without a mask
+      row 145 "fp8-blocks" $DEV $BLOCKS --num_runs 5
+      for preset in slow medium fast; do
+        row 145 "fp8-$preset" $DEV $BLOCKS --num_runs 5 --step_mask $preset
+      done ;;
+    dev-mask-bf16)
+      for preset in slow medium fast; do
+        row 180 "bf16-$preset" $DEV --disable_quant $BLOCKS --num_runs 5 --step_mask $preset
+      done ;;
+    curve) # computed steps against PSNR on the trained checkpoints, this GPU's own kernels
+      for ckpt in tiny-dev "tiny-kontext --image tiny_flux/source.png"; do
+        echo "=== utils.cache_sweep --ckpt $ckpt"
+        timeout -k 5 280 python3 -m utils.cache_sweep --ckpt $ckpt \
+          --results "$OUT/curve-${ckpt%% *}.jsonl" 2>&1 | tee -a "$OUT/log.txt" | cut -c1-200
+      done ;;
     kontext)
       row 180 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
       row 180 lossless-blocks $KONTEXT --disable_quant $BLOCKS --num_runs 3 --num_warmup 1

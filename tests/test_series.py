@@ -61,6 +61,25 @@ def test_a_step_cache_comes_where_its_settings_are_given(monkeypatch):
         assert plan["cache_dit"].is_on == (names.index(name) >= names.index("+ cache_dit"))
 
 
+def test_a_step_mask_is_the_last_rung_and_keeps_the_packages(monkeypatch):
+    flags = ("--ladder", "--step_mask", "fast", "--step_mask_order", "0")
+    rows = series.ladder(arguments(monkeypatch, *flags))
+    assert [row.name for row in rows[-3:]] == [
+        "+ inductor_tuning_flags",
+        "+ step_mask",
+        "export_aoti",
+    ]
+    for row in rows:
+        plan = make_args("--device", "cpu", "--ckpt", "tiny-dev", *row.flags).plan
+        assert plan["step_mask"].is_on == (row in rows[-2:])
+        assert not plan["step_mask"].is_on or plan["step_mask"].settings["order"] == 0
+    rows = series.leave_one_out(arguments(monkeypatch, "--leave_one_out", *flags[1:]))
+    assert rows[0].flags[-4:] == flags[1:]
+    assert "--step_mask" not in {row.name: row.flags for row in rows}["without step_mask"]
+    typed = "--ladder --step_mask fast --step-mask-gain=0.5 --step_mask_order 0 --seed 1"
+    assert series.common_flags(typed.split()) == ["--seed", "1"]
+
+
 def test_leave_one_out_turns_one_off_in_each_row(monkeypatch):
     flags = ("--leave_one_out", "--compile_export_mode", "compile")
     rows = series.leave_one_out(arguments(monkeypatch, *flags))

@@ -129,7 +129,7 @@ def test_everything_together_with_float8_and_aoti(reference, float8_on_cpu, tmp_
         *PROMPT, "--compile_export_mode", "export_aoti", "--cache-dir", str(tmp_path / "packages")
     )
     on = {name for name, verdict in args.plan.items() if verdict.is_on}
-    opt_in = {"cache_dit", "fused_kernels", "modulation"}
+    opt_in = {"cache_dit", "fused_kernels", "modulation", "step_mask"}
     assert on == {step.NAME for step in STEPS} - opt_in - {"compile"}
     scores = distance(pipeline, args, reference(*PROMPT))
     assert scores["psnr"] > 30, scores

@@ -7,8 +7,8 @@ from conftest import MODES, make_args
 from tiny_flux.scenes import Scene, render
 from utils import quality
 from utils.calls import only_known_calls
-from utils.pipeline_utils import generate, load_pipeline, optimize
-from utils.steps.cache_dit import last_call
+from utils.pipeline_utils import generate, load_pipeline, optimize, reused_steps
+from utils.steps.step_mask import PRESETS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,11 +78,11 @@ def test_a_step_cache_repeats_itself():
     torch._dynamo.reset()
     pipeline = optimize(load_pipeline(args), args)
     first = generate(pipeline, args)[0]
-    used = last_call(pipeline, args)
+    used = reused_steps(pipeline, args)
     assert used["reused"]
     with only_known_calls():
         assert generate(pipeline, args)[0].tobytes() == first.tobytes()
-    assert last_call(pipeline, args) == used
+    assert reused_steps(pipeline, args) == used
     plain = make_args("--ckpt", "tiny-dev", "--device", "cuda", "--disable_quant", "--disable_fa3")
     assert quality.psnr_db(first, generate(load_pipeline(plain), plain)[0]) > 25
 
@@ -112,3 +112,32 @@ def test_the_denoising_loop_waits_for_nothing(eager):
 
     pipeline.transformer.forward = strict
     assert quality.compare(quality.run(pipeline, args), eager)["images"] == 1
+
+
+@pytest.mark.parametrize("loop", [(), ("--modulation_once",)], ids=["stock", "own"])
+def test_a_step_mask_keeps_the_graph_and_waits_for_nothing(loop):
+    """One graph for all computed steps; predicting makes the host wait no more than computing."""
+    flags = ("--ckpt", "tiny-dev", "--device", "cuda", *loop, "--compile_export_mode", "compile")
+    args = make_args(*flags, "--step_mask", "fast")
+    torch._dynamo.reset()
+    pipeline = optimize(load_pipeline(args), args)
+    assert pipeline.masked.forward.num_graphs == 1
+    masked = pipeline.transformer.forward
+
+    def strict(*positional, **named):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return masked(*positional, **named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    pipeline.transformer.forward = strict
+    first = generate(pipeline, args)[0]
+    with only_known_calls():
+        assert generate(pipeline, args)[0].tobytes() == first.tobytes()
+    assert len(reused_steps(pipeline, args)["computed"]) == PRESETS["fast"].mask.count("1")
+    assert pipeline.masked.forward.num_graphs == 1
+    whole = make_args(*flags)
+    torch._dynamo.reset()
+    expected = generate(optimize(load_pipeline(whole), whole), whole)[0]
+    assert quality.psnr_db(first, expected) > 31

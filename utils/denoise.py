@@ -52,19 +52,25 @@ def install(pipeline) -> None:
             f"modulation: found a {found.__name__}, expected FluxPipeline or FluxKontextPipeline "
             f"(ControlNet adds to the blocks in every step); {FLAG}"
         )
-    scheduler = pipeline.scheduler
-    stochastic = scheduler.config.get("stochastic_sampling")
-    if type(scheduler) is not FlowMatchEulerDiscreteScheduler or stochastic:
-        name = type(scheduler).__name__ + (" with stochastic_sampling" if stochastic else "")
-        raise UserError(
-            f"modulation: found {name}, expected FlowMatchEulerDiscreteScheduler, whose steps are "
-            f"known before the loop; {FLAG}"
-        )
+    if problem := scheduler_problem(pipeline.scheduler):
+        raise UserError(f"modulation: {problem}; {FLAG}")
     if getattr(pipeline.transformer, "encoder_hid_proj", None) is not None:
         raise UserError(f"modulation: found an IP-adapter: {IP_ADAPTER}; {FLAG}")
     hoist(pipeline.transformer)
     # A class of its own, of the same name: other pipelines stay as they are
     pipeline.__class__ = type(found.__name__, (OwnLoop, found), {"__module__": found.__module__})
+
+
+def scheduler_problem(scheduler) -> str:
+    """Say why a scheduler's steps are not known before the loop; "" if they are."""
+    stochastic = scheduler.config.get("stochastic_sampling")
+    if type(scheduler) is FlowMatchEulerDiscreteScheduler and not stochastic:
+        return ""
+    name = type(scheduler).__name__ + (" with stochastic_sampling" if stochastic else "")
+    return (
+        f"found {name}, expected FlowMatchEulerDiscreteScheduler, whose steps are known before the "
+        "loop"
+    )
 
 
 def schedule(scheduler, steps: int, sigmas, tokens: int, device) -> tuple:

@@ -20,7 +20,7 @@ def save_images(images: list, args, step_cache: dict | None = None) -> list[Path
     """Write PNGs with how they were made in their metadata; several are numbered from 0.
 
     Each is written under a temporary name and renamed, so that an interruption leaves no half file.
-    `step_cache` tells which steps were computed and which reused (utils/steps/cache_dit.py).
+    `step_cache` tells which steps were computed and which reused (`reused_steps`).
     """
     target = Path(args.output_file)
     written = []

@@ -17,6 +17,7 @@ from utils.steps import (
     inductor_tuning_flags,
     modulation,
     quant,
+    step_mask,
 )
 
 STEPS = (
@@ -30,6 +31,7 @@ STEPS = (
     inductor_tuning_flags,  # read when the compiler runs
     compile,  # freezes everything above ...
     export_aoti,  # ... or this does: one of the two, or neither
+    step_mask,  # decides only whether that forward is called
 )
 
 
@@ -74,6 +76,11 @@ def optimize(pipeline, args, without: tuple[str, ...] = ()):
         if args.plan[step.NAME].is_on and step.NAME not in without:
             step.apply(pipeline, args)
     return pipeline
+
+
+def reused_steps(pipeline, args) -> dict[str, list[int]] | None:
+    """Tell which steps of the last call were computed and which reused; None without a cache."""
+    return cache_dit.last_call(pipeline, args) or step_mask.last_call(pipeline, args)
 
 
 def generate(pipeline, args, num_inference_steps: int | None = None, output_type: str = "pil"):

@@ -23,10 +23,9 @@ def measure_row(args) -> tuple[dict, object, object]:
     from utils import card, cudagraph, peaks, quality, quality_source, reference, roofline
     from utils.benchmark_utils import StageClock, annotate_pipeline, measure
     from utils.memory import peak_memory, reset_peak_memory, weights_gib
-    from utils.pipeline_utils import generate, optimize
+    from utils.pipeline_utils import generate, optimize, reused_steps
     from utils.prepare import begin
     from utils.prompts import quality_prompts
-    from utils.steps.cache_dit import last_call
 
     pipeline, load_s = begin(args)
     prompts = quality_prompts(args)[: args.quality_prompts]
@@ -55,7 +54,7 @@ def measure_row(args) -> tuple[dict, object, object]:
     rates = peaks.datasheet(args.machine)
     if args.measure_ceilings:  # after the memory: a CPU's peak cannot be reset
         rates = peaks.measure_ceilings(args.device, args.dtype)
-    used = last_call(pipeline, args)
+    used = reused_steps(pipeline, args)
     result = quality.run(pipeline, args, prompts)
     clock.read()
     stages = {title: spread.as_dict() for title, spread in stage_seconds(regions).items()}

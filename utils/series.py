@@ -22,6 +22,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "run_benchmark.py"
 OWN_FLAGS = {"--ladder": 0, "--leave_one_out": 0, "--rows": 1, "--rounds": 1, "--results": 1}
 OWN_FLAGS |= {"--pictures": 1}  # beside the results
 MODES = ("compile", "export_aoti")
+CACHE_FLAGS = ("cache_dit_config", "step_mask", "step_mask_order", "step_mask_gain")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def toggles(args) -> list[str]:
 def ladder(args) -> list[Row]:
     """List the rows from bf16 eager to everything on; fp32 comes only by --rows.
 
-    Inductor's flags need a compiler, so they come after it; a step cache only if its settings are
-    given, and then nothing can be exported.
+    Inductor's flags need a compiler, so they come after it; a step cache or mask only if its
+    settings are given. With a step cache nothing can be exported.
     """
     off = {name: f"--disable_{name}" for name in toggles(args)}
     eager = ("--compile_export_mode", "disabled")
@@ -65,28 +66,36 @@ def ladder(args) -> list[Row]:
             "inductor_tuning_flags",
         )
     )
+    if args.step_mask:
+        rows.append(Row("+ step_mask", ("--compile_export_mode", "compile"), "step_mask"))
     if not cached:
         rows.append(Row("export_aoti", ("--compile_export_mode", "export_aoti"), "export_aoti"))
-    settings = ("--cache_dit_config", cached) if cached else ()
-    begun = False
+    settings, begun = step_cache(args), False
     for at, row in enumerate(rows):
-        begun = begun or row.name == "+ cache_dit"
+        begun = begun or row.name in ("+ cache_dit", "+ step_mask")
         rows[at] = Row(row.name, row.flags + (settings if begun else ()), row.step)
     return rows
+
+
+def step_cache(args) -> tuple[str, ...]:
+    """Give the flags of the step cache or mask that the series is about, if any."""
+    given = {f"--{flag}": getattr(args, flag) for flag in CACHE_FLAGS}
+    return tuple(str(word) for pair in given.items() if pair[1] is not None for word in pair)
 
 
 def leave_one_out(args) -> list[Row]:
     """List everything on, then everything but each step."""
     mode = args.compile_export_mode or ("compile" if args.cache_dit_config else "export_aoti")
     mode_flags = ("--compile_export_mode", mode)
-    settings = ("--cache_dit_config", args.cache_dit_config) if args.cache_dit_config else ()
+    settings = step_cache(args)
     rows = [Row("everything", (*mode_flags, *settings))]
     rows += [
         Row(f"without {name}", (f"--disable_{name}", *mode_flags, *settings), name)
         for name in toggles(args)
     ]
-    if settings:
-        rows.append(Row("without cache_dit", mode_flags, "cache_dit"))
+    for name, given in (("cache_dit", args.cache_dit_config), ("step_mask", args.step_mask)):
+        if given:
+            rows.append(Row(f"without {name}", mode_flags, name))
     if mode in MODES:
         rows.append(Row(f"without {mode}", ("--compile_export_mode", "disabled", *settings), mode))
     return rows
@@ -110,7 +119,7 @@ def choose(rows: list[Row], wanted: str | None) -> list[Row]:
 
 def common_flags(argv: list[str]) -> list[str]:
     """Give what was typed without the flags of the series and those that every row sets itself."""
-    own = OWN_FLAGS | {"--compile_export_mode": 1, "--cache_dit_config": 1}
+    own = OWN_FLAGS | {"--compile_export_mode": 1} | {f"--{flag}": 1 for flag in CACHE_FLAGS}
     own = {flag.replace("_", "-"): count for flag, count in own.items()}
     kept, skip = [], 0
     for word in argv:
@@ -150,6 +159,8 @@ def run_series(args, argv: list[str]) -> int:
             labels = {"row": row.name, "series": name, "position": listed.index(row), "round": turn}
             if args.cache_dit_config:
                 labels["with"] = f"step cache {args.cache_dit_config}"
+            if args.step_mask:
+                labels["with"] = f"step mask {args.step_mask}"
             if before := done.get(command):
                 named = {"with": None} | labels
                 if not any(all(one.get(k) == v for k, v in named.items()) for one in before):

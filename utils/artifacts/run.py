@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from utils.artifacts.identity import code_digest, environment
+from utils.steps import step_mask
 
 UTILS = Path(__file__).resolve().parent.parent
 GRAPH = ("aoti.py", "calls.py")  # sources that shape a package beside the steps and kernels
@@ -34,6 +35,7 @@ def no_cached_model(lines: list[str]) -> str:
 def identity_of_run(args, compiler: dict) -> dict:
     """Say what every package of this run depends on; a local checkpoint is read once for it."""
     steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
+    steps.pop(step_mask.NAME, None)  # calls the packages or not, and is not in them
     sources = [UTILS / "steps" / f"{name}.py" for name in steps]
     sources += [*(UTILS / "kernels").glob("*.py"), *(UTILS / name for name in GRAPH)]
     weights = args.checkpoint.identity(args.cache_dir)

@@ -1,0 +1,108 @@
+"""The curve of step caching: its points, its rows, its plot."""
+
+import io
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from utils import cache_sweep, curve
+from utils.errors import UserError
+from utils.steps.step_mask import PRESETS, mask_of
+
+
+def test_masks_by_warm_steps_and_period():
+    def text(warm, period, steps):
+        return "".join(str(int(c)) for c in cache_sweep.every(warm, period, steps))
+
+    assert text(3, 2, 9) == "111010101"
+    assert text(4, 3, 12) == "111100100101"
+    assert text(2, 5, 4) == "1101"
+
+
+def test_cache_dits_published_masks_are_points():
+    masks = cache_sweep.published(28)
+    assert {name: sum(mask) for name, mask in masks.items()} == {
+        "cache-dit's slow": 18,
+        "cache-dit's medium": 15,
+        "cache-dit's fast": 11,
+        "cache-dit's ultra": 8,
+    }
+
+
+def test_points_have_names_of_their_own_and_fit_the_steps():
+    for steps in (5, 8, 28, 50):
+        listed = cache_sweep.points(steps)
+        assert len({point.name for point in listed}) == len(listed)
+        assert {point.kind for point in listed} <= set(curve.STYLES)
+        assert all(len(point.mask) == steps for point in listed if point.mask)
+        masks = {point.mask for point in listed}
+        assert all(mask_of(name, steps) in masks for name in PRESETS)
+    kinds = cache_sweep.choose(listed, "dbcache, 4/3 o0 g1")
+    assert len(kinds) == len(cache_sweep.THRESHOLDS) + 1
+    with pytest.raises(UserError, match="unknown point 'dbcach'"):
+        cache_sweep.choose(listed, "dbcach")
+
+
+def test_two_prompts_make_rows_and_a_plot(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "curve.jsonl"
+    names = "8/1 o1 g0.5,4/3 o1 g0.5,4/3 blocks o1,8 steps,threshold 0.5"
+    monkeypatch.setattr(cache_sweep, "WARM", (4, 8))
+    monkeypatch.setattr(cache_sweep, "PERIODS", (1, 3))
+    call = ("--num_inference_steps", "9", "--max_sequence_length", "64", "--quality_prompts", "2")
+    flags = ("--device", "cpu", *call, "--points", names, "--results", str(path))
+    monkeypatch.setattr(sys, "argv", ["cache_sweep.py", *flags])
+    cache_sweep.main()
+    rows = {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
+    assert set(rows) == set(names.split(","))
+    everything, mask = rows["8/1 o1 g0.5"], rows["4/3 o1 g0.5"]
+    assert everything["computed"] == 9 and everything["quality"]["psnr_db_worst"] is None
+    assert mask["computed"] == 6 and mask["mask"] == "111100101"
+    assert 20 < mask["quality"]["psnr_db_worst"] <= mask["quality"]["psnr_db_mean"]
+    assert rows["4/3 blocks o1"]["computed"] == 6 and rows["8 steps"]["computed"] == 8
+    assert 4 <= rows["threshold 0.5"]["computed"] < 9
+    for row in rows.values():
+        assert row["psnr_on_flux"] == "not measured" and len(row["call"]["prompt"]) == 2
+        assert row["quality"]["checker_right"] is not None and row["environment"]["versions"]
+    assert "not measured (--ckpt black-forest-labs/FLUX.1-dev)" in capsys.readouterr().out
+    with Image.open(path.with_suffix(".png")) as plot:
+        assert plot.size[0] == 1920
+    assert curve.draw(list(rows.values()))[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_front_is_what_nothing_cheaper_beats():
+    rows = [
+        {"computed": computed, "quality": {"psnr_db_worst": worst}}
+        for computed, worst in ((8, 30.0), (10, 29.0), (10, 35.0), (12, 34.0), (14, None))
+    ]
+    kept = [(row["computed"], row["quality"]["psnr_db_worst"]) for row in curve.front(rows)]
+    assert kept == [(8, 30.0), (10, 35.0), (14, None)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--ckpt", "tiny-schnell"), "Schnell's four steps are all different"),
+        (("--step_mask", "fast"), "the sweep sets them itself"),
+        (("--random_weights",), "their pictures mean nothing"),
+        (("--points", "all"), "unknown point 'all'"),
+    ],
+)
+def test_what_has_no_curve_is_refused_in_one_line(flags, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cache_sweep.py", "--device", "cpu", *flags])
+    with pytest.raises(UserError) as refusal:
+        cache_sweep.main()
+    assert expected in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny-dev", "tiny-kontext"])
+def test_the_committed_curves_are_drawn_from_their_rows(name):
+    path = cache_sweep.ROOT / "results" / "curves" / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    committed, drawn = path.with_suffix(".png"), io.BytesIO(curve.draw(rows))
+    with Image.open(committed) as found, Image.open(drawn) as expected:
+        assert found.tobytes() == expected.tobytes()
+    for preset in PRESETS:  # the curve that chose them has them
+        masks = {row["mask"] for row in rows if row["kind"] == "mask"}
+        assert PRESETS[preset].mask in masks
