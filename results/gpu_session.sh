@@ -87,6 +87,17 @@ for part in "$@"; do
       row 180 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
       row 180 lossless-blocks $KONTEXT --disable_quant $BLOCKS --num_runs 3 --num_warmup 1
       row 180 fp8-blocks $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1 ;;
+    peers) # diffusers' own recipes on the same call, taking turns with ours
+      series 585 --peers $SCHNELL $FAST $BLOCKS --rounds 2 --num_runs 5 \
+        --rows ours,peer:diffusers-eager,peer:diffusers-compile,peer:diffusers-fa3 ;;
+    peers-dev)
+      series 585 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 --num_warmup 1 \
+        --rows ours,peer:diffusers-compile,peer:diffusers-fa3 ;;
+    flux-fast) # the project itself, from .peers; whole-graph autotuning, so one at a time
+      series 585 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 --num_warmup 1 \
+        --rows ours,peer:flux-fast ;;
+    flux-fast-aoti) # its own default, which it exports for Schnell's call
+      row 560 "peer:flux-fast" $SCHNELL --peer flux-fast --compile_export_mode export_aoti ;;
     leave-one-out) # each step's own worth inside the fastest quick stack
       series 560 --leave_one_out $SCHNELL $FAST $BLOCKS ;;
     variants) # settings of a step against each other
