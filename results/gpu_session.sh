@@ -116,6 +116,17 @@ for part in "$@"; do
       row 150 fp8-blocks $DEV $BLOCKS --num_runs 5
       row 150 fp8-blocks-fused-kernels $DEV $BLOCKS --num_runs 5 --fused_kernels \
         --trace-file "$OUT/dev-fused-kernels.json.gz" ;;
+    text) # T5 and CLIP compiled and graphed, then on the prompt's own length: the stage's time
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS
+        row 145 "fp8-blocks-text-encoders $turn" $SCHNELL $BLOCKS --compile_text_encoders
+      done
+      row 145 fp8-blocks-text-padding $DEV $BLOCKS --num_runs 5 --drop_text_padding ;;
+    decoder) # GroupNorm along the channels: the decoding stage's time, taking turns
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
+        row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
+      done ;;
     sizes)
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;
