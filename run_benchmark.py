@@ -10,7 +10,9 @@ from pathlib import Path
 
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
+from utils.peers import PEERS
 from utils.quiet import quiet_libraries
+from utils.report_series import KINDS as SERIES
 
 
 def parse_arguments():
@@ -37,9 +39,11 @@ def parse_arguments():
         help="whose pictures stand for random weights: the bundled checkpoint's, same flags",
     )
     add("--results", metavar="JSONL", help="append the rows here (series: results/<machine>.jsonl)")
+    add("--peer", choices=PEERS, help="measure this in place of our steps")
     add = parser.add_argument_group("series of rows, one process each").add_argument
     add("--ladder", action="store_true", help="from bf16 eager, one step more in each row")
     add("--leave_one_out", action="store_true", help="everything on but one step in each row")
+    add("--peers", action="store_true", help="our run, and every peer on the same call")
     add("--rows", metavar="A,B,C", help="only these rows of the series (fp32 only by this)")
     add("--rounds", type=int, default=1, help="how often the rows take turns")
     add = parser.add_argument_group("instead of measuring").add_argument
@@ -53,10 +57,14 @@ def parse_arguments():
     add("--compare", nargs=2, metavar="JSONL", help="which rows changed beyond their spread")
     parser.set_defaults(output_file=None)
     args = parser.parse_args()
-    if args.ladder and args.leave_one_out:
-        raise UserError("--ladder, --leave_one_out: expected one of them")
-    if args.rows and not (args.ladder or args.leave_one_out):
-        raise UserError("--rows: expected together with --ladder or --leave_one_out")
+    series = [name for name in SERIES if getattr(args, name)]
+    args.series = series[0] if series else None
+    if len(series) > 1:
+        raise UserError(f"{', '.join(f'--{name}' for name in series)}: expected one of them")
+    if args.rows and not series:
+        raise UserError(f"--rows: expected together with {', '.join(f'--{s}' for s in SERIES)}")
+    if args.peer and series:
+        raise UserError(f"--peer {args.peer}: one row; expected without --{series[0]}")
     return args
 
 
@@ -73,7 +81,7 @@ def main() -> None:
 
         print(explain(args, args.explain))
         return
-    if args.ladder or args.leave_one_out:
+    if args.series:
         from utils.series import run_series
 
         sys.exit(1 if run_series(args, sys.argv[1:]) else 0)

@@ -108,6 +108,17 @@ for part in "$@"; do
       row 180 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
       row 180 lossless-blocks $KONTEXT --disable_quant $BLOCKS --num_runs 3 --num_warmup 1
       row 180 fp8-blocks $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1 ;;
+    peers) # diffusers' own recipes on the same call, taking turns with ours
+      series 585 --peers $SCHNELL $FAST $BLOCKS --rounds 2 --num_runs 5 \
+        --rows ours,peer:diffusers-eager,peer:diffusers-compile,peer:diffusers-fa3 ;;
+    peers-dev)
+      series 585 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 --num_warmup 1 \
+        --rows ours,peer:diffusers-compile,peer:diffusers-fa3 ;;
+    flux-fast) # the project itself, from .peers; whole-graph autotuning, so one at a time
+      series 585 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 --num_warmup 1 \
+        --rows ours,peer:flux-fast ;;
+    flux-fast-aoti) # its own default, which it exports for Schnell's call
+      row 560 "peer:flux-fast" $SCHNELL --peer flux-fast --compile_export_mode export_aoti ;;
     leave-one-out) # each step's own worth inside the fastest quick stack
       series 560 --leave_one_out $SCHNELL $FAST $BLOCKS ;;
     variants) # settings of a step against each other
@@ -132,6 +143,17 @@ for part in "$@"; do
       startup 300 "compile blocks" ;;
     startup-full) # the same with packages of the whole transformer
       startup 560 "export_aoti full" ;;
+    text) # T5 and CLIP compiled and graphed, then on the prompt's own length: the stage's time
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS
+        row 145 "fp8-blocks-text-encoders $turn" $SCHNELL $BLOCKS --compile_text_encoders
+      done
+      row 145 fp8-blocks-text-padding $DEV $BLOCKS --num_runs 5 --drop_text_padding ;;
+    decoder) # GroupNorm along the channels: the decoding stage's time, taking turns
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
+        row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
+      done ;;
     sizes)
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;

@@ -201,8 +201,9 @@ def test_rounds_take_turns(monkeypatch, tmp_path):
     ("flags", "expected"),
     [
         (("--ladder", "--leave_one_out"), "expected one of them"),
-        (("--rows", "eager"), "--rows: expected together with --ladder or --leave_one_out"),
+        (("--rows", "eager"), "--rows: expected together with --ladder, --leave_one_out, --peers"),
         (("--ladder", "--rows", "warp"), "--rows: unknown row 'warp'"),
+        (("--peers", "--peer", "flux-fast"), "--peer flux-fast: one row; expected without --peers"),
         (("--ladder", "--results", "/no/such/folder/rows.jsonl"), "cannot be written"),
         (("--results", "/no/such/folder/rows.jsonl"), "cannot be written (No such file"),
         (("--rounds", "0"), "--rounds 0: expected 1 or more"),

@@ -95,6 +95,7 @@ def _settle(args, machine: Machine):
     args.height, args.width = args.height or size, args.width or size
     args.num_inference_steps = args.num_inference_steps or defaults.steps
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
+    args.text_tokens = args.max_sequence_length
     args.dtype = "torch.float32" if args.disable_bf16 else "torch.bfloat16"
     args.pil_image = open_image(args) if defaults.takes_image else None
     if defaults.takes_image and args.pil_image is None:

@@ -14,10 +14,13 @@ from utils.steps import (
     fa3,
     fused_kernels,
     fused_projections,
+    group_norm,
     inductor_tuning_flags,
     modulation,
     quant,
     step_mask,
+    text_encoders,
+    text_padding,
 )
 
 STEPS = (
@@ -25,10 +28,13 @@ STEPS = (
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
     channels_last,  # compilation specialises on strides
+    group_norm,  # made for that layout
     cache_dit,  # wraps the blocks that are compiled below
     modulation,  # takes linear layers out of the blocks before they are quantised
+    text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
     inductor_tuning_flags,  # read when the compiler runs
+    text_encoders,  # warmed up by the calls of the two below
     compile,  # freezes everything above ...
     export_aoti,  # ... or this does: one of the two, or neither
     step_mask,  # decides only whether that forward is called

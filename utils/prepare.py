@@ -41,7 +41,12 @@ def prepare(args) -> None:
     if problems := _call_problems(args):
         raise UserError("\n".join(problems))
     args.pil_image = open_image(args)
-    args.plan = _plan(args)
+    if getattr(args, "peer", None):
+        from utils import peers
+
+        args.plan = peers.plan(args)
+    else:
+        args.plan = _plan(args)
     if args.random_weights:
         _check_room(args)
 
@@ -140,6 +145,7 @@ def _fill_in(args) -> None:
     args.width = args.width or args.checkpoint.native_size
     args.num_inference_steps = args.num_inference_steps or defaults.steps
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
+    args.text_tokens = args.max_sequence_length  # text_padding may need fewer
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
     args.mode_reason = ""
     if args.compile_export_mode is None:

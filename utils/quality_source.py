@@ -16,9 +16,9 @@ def measure(args) -> dict:
     Returns: scores as `reference.scores` gives them, with `quality_source` saying whose they are.
     Raises: RuntimeError for a broken picture.
     """
-    from utils import quality, reference
+    from utils import peers, quality, reference
     from utils.checkpoints import BUNDLED_DIR
-    from utils.pipeline_utils import load_pipeline, optimize
+    from utils.pipeline_utils import load_pipeline
     from utils.prepare import prepare
     from utils.progress import say
     from utils.prompts import quality_prompts
@@ -34,7 +34,7 @@ def measure(args) -> dict:
     prompts = quality_prompts(small)[: small.quality_prompts]
     pipeline = load_pipeline(small)
     kept, _ = reference.load_or_make(pipeline, small, prompts, not small.disable_bf16)
-    result = quality.run(optimize(pipeline, small), small, prompts)
+    result = quality.run(peers.optimize(pipeline, small), small, prompts)
     scores = reference.scores(result, kept, small, prompts)
     size = f"{small.width}x{small.height}"
     return scores | {"quality_source": f"{small.ckpt} at {size} under the same flags"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from utils.report_rows import get, name
 
-KINDS = ("ladder", "leave_one_out")
+KINDS = ("ladder", "leave_one_out", "peers")
 
 
 def images_per_call(row: dict) -> int:
@@ -41,7 +41,7 @@ def call_text(row: dict) -> str:
 class Series:
     """Rows that belong into one table."""
 
-    kind: str  # "ladder", "leave_one_out" or "single"
+    kind: str  # one of KINDS, or "single"
     call: str
     rows: tuple[dict, ...]
     base: dict | None  # the row that the others are measured against, if it was timed
@@ -50,7 +50,8 @@ class Series:
 def series_of(rows: list[dict]) -> list[Series]:
     """Sort rows into one series per kind and call, in the order in which the file begins them.
 
-    A ladder is measured against its row "eager" (fp32 may come before it), or its first. What
+    A ladder is measured against its row "eager" (fp32 may come before it), or its first; peers
+    against ours. What
     leaving a step out costs is measured against the series' own row with everything on (one that
     does not begin with "without"), or the last rung of the ladder of the same call.
     """
@@ -63,6 +64,8 @@ def series_of(rows: list[dict]) -> list[Series]:
         ordered = sorted(group, key=lambda row: row.get("position") or 0)
         if kind == "ladder":
             base = next((row for row in ordered if name(row) == "eager"), ordered[0])
+        elif kind == "peers":
+            base = next((row for row in ordered if name(row) == "ours"), None)
         else:
             whole = [row for row in ordered if not name(row).startswith("without")]
             ladder = next((s.rows for s in found if s.call == call), ())

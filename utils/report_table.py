@@ -11,13 +11,13 @@ from utils.report_series import Series
 MISSING = "-"
 LEGEND = (
     "Seconds are the median of one call (min-max, number of timed runs), the speed-up is over the "
-    "row eager. PSNR and SSIM are those of the worst picture against bf16 eager with the same "
-    "seed; in brackets, how far that PSNR stands above the PSNR of another seed. The latents' "
-    "error is relative (L2), where it was measured from fp32, in brackets over bf16 eager's own; "
-    "lossless allows 1.25. A CLIP score stands beside its distance from eager's. Peak memory is "
-    "the device's, on a CPU the process's. Over floor is the time over the least that the "
-    "machine's peak rates allow, MFU the share of its peak arithmetic. Ready after is loading, "
-    "optimising and compiling."
+    "row eager, ours is ahead by a peer's time over ours. PSNR and SSIM are those of the worst "
+    "picture against bf16 eager with the same seed; in brackets, how far that PSNR stands above "
+    "the PSNR of another seed. The latents' error is relative (L2), where it was measured from "
+    "fp32, in brackets over bf16 eager's own; lossless allows 1.25. A CLIP score stands beside "
+    "its distance from eager's. Peak memory is the device's, on a CPU the process's. Over floor "
+    "is the time over the least that the machine's peak rates allow, MFU the share of its peak "
+    "arithmetic. Ready after is loading, optimising and compiling."
 )
 
 
@@ -162,12 +162,19 @@ def table(series: Series) -> Table:
         times = ratio(row, series.base)
         return MISSING if times is None else f"{times:.2f}x"
 
+    def ahead(row: dict) -> str:
+        times = None if row is series.base else ratio(row, series.base)
+        return MISSING if times is None else f"{1 / times:.2f}x"
+
+    second = {
+        "ladder": ("speed-up", speedup),
+        "leave_one_out": ("worth of the step", lambda row: _worth(row, series.base)),
+        "peers": ("ours is ahead", ahead),
+    }
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("row", name),
         ("seconds", _seconds),
-        ("speed-up", speedup)
-        if series.kind == "ladder"
-        else ("worth of the step", lambda row: _worth(row, series.base)),
+        second[series.kind],
         ("PSNR, dB / SSIM", _psnr),
         ("latents' error", _latents),
         ("checker", _checker),
@@ -212,6 +219,7 @@ def title(series: Series) -> str:
     kinds = {
         "ladder": "Ladder, one step more per row: ",
         "leave_one_out": "Everything on but one step: ",
+        "peers": "Beside other projects on the same call: ",
         "single": "Single runs",
     }
     return kinds[series.kind] + series.call

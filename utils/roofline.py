@@ -126,7 +126,7 @@ def call_of(args) -> Call:
     return Call(
         height=args.height,
         width=args.width,
-        text_tokens=args.max_sequence_length,
+        text_tokens=args.text_tokens,
         steps=args.num_inference_steps,
         prompts=prompts,
         images=prompts * args.num_images_per_prompt,

@@ -20,10 +20,10 @@ def measure_row(args) -> tuple[dict, object, object]:
     Raises: RuntimeError for a broken picture, a recompilation, or a row that is called lossless and
         is not.
     """
-    from utils import card, cudagraph, peaks, quality, quality_source, reference, roofline
+    from utils import card, cudagraph, peaks, peers, quality, quality_source, reference, roofline
     from utils.benchmark_utils import StageClock, annotate_pipeline, measure
     from utils.memory import peak_memory, reset_peak_memory, weights_gib
-    from utils.pipeline_utils import generate, optimize, reused_steps
+    from utils.pipeline_utils import generate, reused_steps
     from utils.prepare import begin
     from utils.prompts import quality_prompts
 
@@ -34,7 +34,7 @@ def measure_row(args) -> tuple[dict, object, object]:
     kept, _ = reference.load_or_make(pipeline, args, prompts, with_fp32)
 
     start = time.perf_counter()
-    optimize(pipeline, args)
+    pipeline = peers.optimize(pipeline, args)
     optimize_s = time.perf_counter() - start
 
     clock = StageClock(args.device)
@@ -66,6 +66,7 @@ def measure_row(args) -> tuple[dict, object, object]:
         "steps": card.plan_as_dict(args),
         "step_cache": used,
         "cuda_graphs": cudagraph.usage(pipeline),
+        **peers.about(args),
         "lossless": card.is_lossless(args),
         "load_s": round(load_s, 3),
         "optimize_s": round(optimize_s, 3),
@@ -80,7 +81,9 @@ def measure_row(args) -> tuple[dict, object, object]:
     if args.random_weights and args.quality_source == "bundled":
         row["full_size"], row["quality"] = row["quality"], quality_source.measure(args)
     problem = quality.lossless_problem(row["quality"]) if row["lossless"] else ""
-    if problem:
+    if problem and "peer" in row:
+        row["lossless"] = False  # a peer may be what it is
+    elif problem:
         raise RuntimeError(problem)
     return row, pipeline, result
 

@@ -1,10 +1,10 @@
-"""Series of rows, the ladder and leave-one-out: one process per row, so that none disturbs another.
+"""Series of rows, one process each, so that none disturbs another: ladder, leave-one-out, peers.
 
 The ladder turns the steps on one after the other, from plain diffusers in bf16 to everything;
-leave-one-out has everything on but one. Each row is a command of its own, printed and stored. Rows
-are appended as they come, so an interruption costs the row that was running: the same command goes
-on where the last one stopped. With several rounds the rows take turns (A B C A B C), so that a
-machine that drifts favours none.
+leave-one-out has everything on but one; peers stand beside ours on the same call. Each row is a
+command of its own, printed and stored. Rows are appended as they come, so an interruption costs the
+row that was running: the same command goes on where the last one stopped. With several rounds the
+rows take turns (A B C A B C), so that a machine that drifts favours none.
 """
 
 import json
@@ -19,10 +19,11 @@ from utils.report_rows import read
 from utils.results import append
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run_benchmark.py"
-OWN_FLAGS = {"--ladder": 0, "--leave_one_out": 0, "--rows": 1, "--rounds": 1, "--results": 1}
-OWN_FLAGS |= {"--pictures": 1}  # beside the results
-MODES = ("compile", "export_aoti")
+OWN_FLAGS = {"--ladder": 0, "--leave_one_out": 0, "--peers": 0, "--rows": 1, "--rounds": 1}
+OWN_FLAGS |= {"--results": 1, "--pictures": 1}  # pictures stand beside the results
 CACHE_FLAGS = ("cache_dit_config", "step_mask", "step_mask_order", "step_mask_gain")
+OWN_STEPS = {"--compile_export_mode": 1} | {f"--{flag}": 1 for flag in CACHE_FLAGS}  # of a ladder
+MODES = ("compile", "export_aoti")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Row:
     name: str
     flags: tuple[str, ...]
     step: str | None = None  # the step that the row is about: without it the row is skipped
+    peer: str | None = None
 
 
 def toggles(args) -> list[str]:
@@ -101,6 +103,13 @@ def leave_one_out(args) -> list[Row]:
     return rows
 
 
+def beside(args) -> list[Row]:
+    """List our own run as it was typed, then every peer on the same call."""
+    from utils.peers import PEERS
+
+    return [Row("ours", ()), *(Row(f"peer:{p}", ("--peer", p), peer=p) for p in PEERS)]
+
+
 def choose(rows: list[Row], wanted: str | None) -> list[Row]:
     """Pick rows by name, given as a comma-separated list; all but fp32 when none is given.
 
@@ -117,9 +126,8 @@ def choose(rows: list[Row], wanted: str | None) -> list[Row]:
     return [row for row in rows if row in [known[name] for name in names]]
 
 
-def common_flags(argv: list[str]) -> list[str]:
+def common_flags(argv: list[str], own: dict[str, int] = OWN_FLAGS | OWN_STEPS) -> list[str]:
     """Give what was typed without the flags of the series and those that every row sets itself."""
-    own = OWN_FLAGS | {"--compile_export_mode": 1} | {f"--{flag}": 1 for flag in CACHE_FLAGS}
     own = {flag.replace("_", "-"): count for flag, count in own.items()}
     kept, skip = [], 0
     for word in argv:
@@ -140,12 +148,13 @@ def run_series(args, argv: list[str]) -> int:
     Returns: how many rows failed
     Raises: UserError for an unknown row or a results file that cannot be written.
     """
-    name = "ladder" if args.ladder else "leave_one_out"
-    listed = (ladder if args.ladder else leave_one_out)(args)
+    name = args.series
+    listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": beside}[name](args)
     rows = choose(listed, args.rows)
     path = results_path(args)
     append(path, [])  # said before anything slow
-    common, failed, about = common_flags(argv), 0, {}
+    own = OWN_FLAGS if name == "peers" else OWN_FLAGS | OWN_STEPS
+    common, failed, about = common_flags(argv, own), 0, {}
     states = {row: state(row, common) for row in rows}
     for turn in range(args.rounds):
         done = _finished(path, turn)
@@ -200,11 +209,17 @@ def results_path(args) -> Path:
 
 def state(row: Row, common: list[str]) -> str:
     """Say why a row says nothing new here: its step is unavailable or refused; "" if it runs."""
-    if row.step is None:
+    if row.step is None and row.peer is None:
         return ""
     from utils.benchmark_utils import create_parser
     from utils.prepare import prepare
 
+    if row.peer:
+        from utils import hardware, peers
+
+        machine = hardware.detect(create_parser().parse_known_args(common)[0].device)
+        lacking = peers.lacking(row.peer, machine)
+        return f"unavailable: {lacking}" if lacking else ""
     flags = [flag for flag in row.flags if flag != f"--disable_{row.step}"]
     if row.name.startswith("without") and row.step in MODES:
         flags = []
