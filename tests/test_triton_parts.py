@@ -83,7 +83,7 @@ def test_what_cannot_be_served_is_refused():
 
     with pytest.raises(UserError, match="text prompts only"):
         parts.settings(["--ckpt", "tiny-kontext", "--image", "tiny_flux/source.png"])
-    with pytest.raises(UserError, match="need the whole call of a pipeline"):
+    with pytest.raises(UserError, match="--modulation_once: needs the whole call of a pipeline"):
         parts.settings(["--ckpt", "tiny-dev", "--modulation_once"])
 
 
@@ -205,3 +205,17 @@ def test_the_repository_carries_the_commands_flags(tmp_path):
     assert (tmp_path / "vae_decoder" / "1" / "model.py").exists()
     args.batch_sizes = "2,4"
     assert "--batch-sizes 2,4: expected numbers, 1 among them" in serve.problems_of(args)
+
+
+@pytest.mark.parametrize("mode", ["compile", "export_aoti"])
+def test_one_component_is_compiled_by_itself(tmp_path, mode):
+    """As each process of the server does it; the values stay those of the eager component."""
+    from triton_models.components import Decoder
+
+    flags = ["--ckpt", "tiny-schnell", "--device", "cpu", "--cache-dir", str(tmp_path / "store")]
+    eager = Decoder(parts.settings([*flags, "--compile_export_mode", "disabled"]))
+    compiled = Decoder(parts.settings([*flags, "--compile_export_mode", mode]), (1, 2))
+    assert compiled.pipeline.transformer is None
+    latents = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found, expected = compiled(latents, 128, 128).float(), eager(latents, 128, 128).float()
+    assert (found - expected).norm() / expected.norm() < 0.02

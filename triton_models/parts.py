@@ -18,6 +18,13 @@ PARTS = {  # model -> components of FluxPipeline that it holds; every one can ha
     "vae_decoder": ("vae",),
     "bls_orchestrator": (),
 }
+WHOLE_CALL = (  # flags of steps that change a pipeline's call, or more than one component
+    "cache_dit_config",
+    "step_mask",
+    "modulation_once",
+    "compile_text_encoders",
+    "drop_text_padding",
+)
 COMPONENTS = tuple(name for names in PARTS.values() for name in names)
 
 
@@ -37,11 +44,12 @@ def settings(flags: str | list[str]):
     prepare(args)
     if args.checkpoint.defaults.takes_image:
         raise UserError(f"--ckpt {args.ckpt}: edits an image; the server takes text prompts only")
-    if args.cache_dit_config or args.modulation_once:
-        raise UserError(
-            "--cache_dit_config, --modulation_once: need the whole call of a pipeline, which the "
-            "server splits; leave them out"
-        )
+    for flag in WHOLE_CALL:
+        if getattr(args, flag):
+            raise UserError(
+                f"--{flag}: needs the whole call of a pipeline, which the server splits; leave it "
+                "out"
+            )
     return args
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from utils.calls import key_of, refuse_if_only_known
+from utils.steps import components
 
 MAX_GRAPHS = 16  # of all components: eight sizes; each holds its inputs and outputs
 WARMUP_CALLS = 3  # autotuning, lazily made workspaces and lazy loading must be over before capture
@@ -214,11 +215,9 @@ def _static_like(tensor: torch.Tensor) -> torch.Tensor:
 def wrap_components(pipeline, pool: GraphPool | None = None, with_transformer: bool = True) -> None:
     """Put the transformer's and the VAE decoder's forward into graphs of one pool."""
     pipeline.graph_pool = pool = pool or GraphPool()
-    components = {"transformer": pipeline.transformer, "decoder": pipeline.vae.decoder}
-    if not with_transformer:
-        del components["transformer"]
-    for name, module in components.items():
-        module.forward = CUDAGraphWrapper(module.forward, name, pool)
+    for name, module in components(pipeline).items():
+        if name != "transformer" or with_transformer:
+            module.forward = CUDAGraphWrapper(module.forward, name, pool)
 
 
 def usage(pipeline) -> dict[str, int] | None:

@@ -48,6 +48,13 @@ def refused(reason: str) -> Verdict:
     return Verdict("refused", reason)
 
 
+def components(pipeline) -> dict:
+    """Name what is compiled, exported and recorded; a process of a server holds one of the two."""
+    decoder = pipeline.vae and pipeline.vae.decoder
+    both = {"transformer": pipeline.transformer, "decoder": decoder}
+    return {name: module for name, module in both.items() if module is not None}
+
+
 def import_problem(package: str, *parts: str) -> str:
     """Import a package, then parts of it: what was found instead; "" if nothing is wrong."""
     try:

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, inductor_tuning_flags, off, on, refused
+from utils.steps import Verdict, components, inductor_tuning_flags, off, on, refused
 
 NAME = "compile"
 AFTER = ("inductor_tuning_flags",)
@@ -123,7 +123,7 @@ def _about(args) -> dict:
     return {"component": NAME, "scope": args.compile_scope, "call": call}
 
 
-def _load(root: Path, args) -> tuple[dict, bool]:
+def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     """Give torch what an earlier start of this run has compiled.
 
     Returns: the identity of what is stored, and whether it still has to be stored.
@@ -135,6 +135,7 @@ def _load(root: Path, args) -> tuple[dict, bool]:
     from utils.errors import UserError
 
     identity = identity_of_run(args, compiler_options(args)) | _about(args)
+    identity["parts"] = list(components(pipeline))
     package, lines = find(root, identity, STORED)
     if package is None and args.use_cached_model:
         raise UserError(no_cached_model(lines))
@@ -173,7 +174,7 @@ def apply(pipeline, args) -> None:
     from utils.pipeline_utils import generate
 
     root = open_cache(args.cache_dir)
-    identity, is_new = _load(root, args)
+    identity, is_new = _load(root, pipeline, args)
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, KINDS_OF_CALL)
     how = {
@@ -181,12 +182,11 @@ def apply(pipeline, args) -> None:
         "dynamic": dynamic(args.machine),
         "options": compiler_options(args),
     }
-    transformer, decoder = pipeline.transformer, pipeline.vae.decoder
-    if args.compile_scope == "blocks":
-        transformer.compile_repeated_blocks(**how)
-    else:
-        transformer.forward = torch.compile(transformer.forward, **how)
-    decoder.forward = torch.compile(decoder.forward, **how)
+    for name, module in components(pipeline).items():
+        if name == "transformer" and args.compile_scope == "blocks":
+            module.compile_repeated_blocks(**how)
+        else:
+            module.forward = torch.compile(module.forward, **how)
     if args.machine.device == "cuda":
         from utils.cudagraph import wrap_components
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, compile, off, on, quant, refused
+from utils.steps import Verdict, compile, components, off, on, quant, refused
 
 NAME = "export_aoti"
 AFTER = ("inductor_tuning_flags",)
@@ -125,8 +125,8 @@ def apply(pipeline, args) -> None:
                 forward = aoti.PackageForward(component, provide)
                 forward.add(inputs)
                 component.module.forward = forward
-        if on_gpu and args.compile_scope == "blocks":  # one graph around all blocks and their glue
-            transformer = pipeline.transformer
+        if on_gpu and args.compile_scope == "blocks" and (transformer := pipeline.transformer):
+            # one graph around all blocks and their glue
             transformer.forward = CUDAGraphWrapper(transformer.forward, "transformer", pool)
         stage("warm up")
         generate(pipeline, args)
@@ -139,14 +139,12 @@ def _groups(pipeline, scope: str) -> list[list]:
     """
     from utils import aoti
 
-    transformer = pipeline.transformer
-    parts = {
-        "transformer": [transformer],
-        "double_block": transformer.transformer_blocks,
-        "single_block": transformer.single_transformer_blocks,
-        "decoder": [pipeline.vae.decoder],
-    }
-    groups = [[aoti.Component(name, m) for m in parts[name]] for name in COMPONENTS[scope]]
+    parts = {name: [module] for name, module in components(pipeline).items()}
+    if (transformer := pipeline.transformer) is not None:
+        parts["double_block"] = transformer.transformer_blocks
+        parts["single_block"] = transformer.single_transformer_blocks
+    names = [name for name in COMPONENTS[scope] if name in parts]
+    groups = [[aoti.Component(name, module) for module in parts[name]] for name in names]
     for first, *others in groups:
         for other in others:
             if _kinds(other.module) != _kinds(first.module):
