@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 from utils.artifacts.identity import code_digest, environment
-from utils.steps import step_mask
+from utils.steps import step_mask, text_encoders, text_padding
 
 UTILS = Path(__file__).resolve().parent.parent
+# Steps that call the packages otherwise, or not at all, and are not in them
+OUTSIDE = (step_mask, text_encoders, text_padding)
 GRAPH = ("aoti.py", "calls.py")  # sources that shape a package beside the steps and kernels
 
 
@@ -35,7 +37,8 @@ def no_cached_model(lines: list[str]) -> str:
 def identity_of_run(args, compiler: dict) -> dict:
     """Say what every package of this run depends on; a local checkpoint is read once for it."""
     steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
-    steps.pop(step_mask.NAME, None)  # calls the packages or not, and is not in them
+    for step in OUTSIDE:
+        steps.pop(step.NAME, None)
     sources = [UTILS / "steps" / f"{name}.py" for name in steps]
     sources += [*(UTILS / "kernels").glob("*.py"), *(UTILS / name for name in GRAPH)]
     weights = args.checkpoint.identity(args.cache_dir)
