@@ -115,10 +115,7 @@ def mask_of(text: str, steps: int) -> tuple[bool, ...]:
 
     Raises: ValueError in one line for what is no mask, or not one of this call.
     """
-    if text in PRESETS:
-        mask = stretch(PRESETS[text].mask, steps)
-    else:
-        mask = _written_out(text, steps)
+    mask = stretch(PRESETS[text].mask, steps) if text in PRESETS else _written_out(text, steps)
     if not mask[0]:
         raise ValueError("step 0 is left out, expected it computed: there is nothing before it")
     return mask
