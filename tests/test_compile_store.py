@@ -1,5 +1,7 @@
 """What torch.compile has made, in the store: found again, refused by field, not opened damaged."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from aoti_pieces import generate, make_args, make_pipeline
@@ -8,6 +10,7 @@ from utils import artifacts
 from utils.errors import UserError
 from utils.steps import compile, inductor_tuning_flags, on
 
+PARTS = SimpleNamespace(transformer="a transformer", vae=SimpleNamespace(decoder="a decoder"))
 CALL = {"prompt": ["x"], "num_images_per_prompt": 1, "max_sequence_length": 32}
 
 
@@ -25,7 +28,7 @@ def stored(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
     args = arguments(tmp_path / "cache")
     root = artifacts.open_cache(args.cache_dir)
-    identity, is_new = compile._load(root, args)
+    identity, is_new = compile._load(root, PARTS, args)
     assert is_new and not loaded
     compile._store(root, identity)
     return root, args, loaded
@@ -35,9 +38,9 @@ def test_the_next_start_of_the_same_run_loads_it(stored):
     root, args, loaded = stored
     args.use_cached_model = True
     assert compile.check(args).is_on
-    assert compile._load(root, args)[1] is False and loaded == [b"abc"]
+    assert compile._load(root, PARTS, args)[1] is False and loaded == [b"abc"]
     args.use_cached_model, args.force_export = False, True
-    assert compile._load(root, args)[1] is True and loaded == [b"abc"]
+    assert compile._load(root, PARTS, args)[1] is True and loaded == [b"abc"]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_another_run_is_refused_by_field(stored, changes, field, early):
     verdict = compile.check(args)
     assert (verdict.state == "refused" and field in verdict.reason) is early
     with pytest.raises(UserError, match=field):
-        compile._load(root, args)
+        compile._load(root, PARTS, args)
     assert not loaded
 
 
@@ -67,14 +70,14 @@ def test_a_damaged_file_is_compiled_anew_and_never_loaded(stored):
     root, args, loaded = stored
     (path,) = root.glob("*.compiled")
     path.write_bytes(b"abd")
-    assert compile._load(root, args)[1] is True
+    assert compile._load(root, PARTS, args)[1] is True
     args.use_cached_model = True
     with pytest.raises(UserError, match="sha256: found"):
-        compile._load(root, args)
+        compile._load(root, PARTS, args)
     path.write_bytes(b"abc")
     path.chmod(0o666)
     with pytest.raises(UserError, match="mode: found 0666"):
-        compile._load(root, args)
+        compile._load(root, PARTS, args)
     assert not loaded
 
 
@@ -85,7 +88,7 @@ def test_a_full_disk_costs_the_stored_copy_and_not_the_run(stored, monkeypatch, 
         raise UserError("No space left on device")
 
     monkeypatch.setattr(artifacts, "save", full)
-    compile._store(root, compile._load(root, args)[0])
+    compile._store(root, compile._load(root, PARTS, args)[0])
     assert "compile: not stored: No space left on device" in capsys.readouterr().err
 
 
