@@ -154,6 +154,12 @@ for part in "$@"; do
         row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
         row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
       done ;;
+    serving) # the served models' components against FluxPipeline, without a server
+      for model in clip_encoder t5_encoder dit_transformer vae_decoder bls_orchestrator; do
+        echo "=== $model"
+        timeout -k 5 120 python3 "triton_models/$model/1/model.py" --ckpt tiny-dev \
+          --disable_quant --compile_export_mode disabled 2>&1 | tee -a "$OUT/log.txt" | grep -E "^(ok|WRONG|error)"
+      done ;;
     sizes)
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;
