@@ -10,7 +10,7 @@ from test_cudagraph import RerunRecorder
 from utils import card, quality
 from utils.benchmark_utils import StageClock, annotate_pipeline
 from utils.calls import only_known_calls
-from utils.cudagraph import wrap_components
+from utils.cudagraph import GraphPool, wrap_components
 from utils.errors import UserError
 from utils.pipeline_utils import generate, load_pipeline, optimize, reused_steps
 from utils.reuse import MaskedForward, install, weights
@@ -190,7 +190,7 @@ def test_kontext_and_its_own_loop(tmp_path):
 def test_one_cuda_graph_serves_all_computed_steps():
     args = run_of(*SHORT, *SOME)
     pipeline = load_pipeline(args)
-    wrap_components(pipeline, recorder := RerunRecorder())
+    wrap_components(pipeline, GraphPool(recorder := RerunRecorder()))
     graph = pipeline.transformer.forward
     step_mask.apply(pipeline, args)
     first = generate(pipeline, args)[0]

@@ -7,6 +7,7 @@ from test_cudagraph import RerunRecorder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import roofline
+from utils.cudagraph import GraphPool
 from utils.errors import UserError
 from utils.pipeline_utils import generate, load_pipeline, optimize
 from utils.quality import relative_l2
@@ -48,7 +49,8 @@ def test_graphed_encoders_give_what_the_eager_ones_give():
     pipeline = load_pipeline(make_args("--device", "cpu"))
     expected = [encode(pipeline, prompt) for prompt in (SHORT, LONG)]
     recorder = RerunRecorder()
-    text_encoders.wrap({"CLIP": pipeline.text_encoder, "T5": pipeline.text_encoder_2}, recorder)
+    encoders = {"CLIP": pipeline.text_encoder, "T5": pipeline.text_encoder_2}
+    text_encoders.wrap(encoders, GraphPool(recorder))
     for _ in range(2):
         for prompt, (embeds, pooled, _ids) in zip((SHORT, LONG), expected, strict=True):
             found = encode(pipeline, prompt)

@@ -180,7 +180,7 @@ class Sweep:
             },
             "psnr_on_flux": None if own else "not measured",
             "call": card.call(args) | {"prompt": self.prompts},
-            "weights": args.checkpoint.identity(),
+            "weights": args.checkpoint.identity(args.cache_dir),
             "environment": card.environment(args),
         }
 

@@ -212,9 +212,15 @@ def _static_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
 
 
+def pool_of(pipeline, pool: GraphPool | None = None) -> GraphPool:
+    """Give the pool of all of a pipeline's graphs; the first that asks makes it, or brings it."""
+    pipeline.graph_pool = pool or getattr(pipeline, "graph_pool", None) or GraphPool()
+    return pipeline.graph_pool
+
+
 def wrap_components(pipeline, pool: GraphPool | None = None, with_transformer: bool = True) -> None:
     """Put the transformer's and the VAE decoder's forward into graphs of one pool."""
-    pipeline.graph_pool = pool = pool or GraphPool()
+    pool = pool_of(pipeline, pool)
     for name, module in components(pipeline).items():
         if name != "transformer" or with_transformer:
             module.forward = CUDAGraphWrapper(module.forward, name, pool)

@@ -88,7 +88,7 @@ def apply(pipeline, args) -> None:
     """
     from utils import aoti
     from utils.artifacts import identity_of_run, no_cached_model, open_cache
-    from utils.cudagraph import CUDAGraphWrapper, GraphPool
+    from utils.cudagraph import CUDAGraphWrapper, pool_of
     from utils.errors import UserError
     from utils.pipeline_utils import generate
 
@@ -96,7 +96,7 @@ def apply(pipeline, args) -> None:
     groups = _groups(pipeline, args.compile_scope)
     firsts = [group[0] for group in groups]
     on_gpu = args.machine.device == "cuda"
-    pool = pipeline.graph_pool = GraphPool() if on_gpu else None
+    pool = pool_of(pipeline) if on_gpu else None
     with stages(NAME, 2 + len(groups)) as stage:
         stage("record inputs")
         aoti.record_inputs(firsts, lambda: generate(pipeline, args, num_inference_steps=1))

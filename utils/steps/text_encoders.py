@@ -61,18 +61,18 @@ def apply(pipeline, args) -> None:
         for block in blocks(encoder):
             block.compile(**how)
     if args.machine.device == "cuda":
-        from utils.cudagraph import CUDARecorder
+        from utils.cudagraph import pool_of
 
-        wrap(encoders, CUDARecorder())
+        wrap(encoders, pool_of(pipeline))
 
 
-def wrap(encoders: dict, recorder) -> None:
-    """Put the encoders' forwards into CUDA graphs that share the recorder's memory."""
+def wrap(encoders: dict, pool) -> None:
+    """Put the encoders' forwards into CUDA graphs of one pool."""
     for name, encoder in encoders.items():
-        encoder.forward = _graphed(encoder.forward, name, recorder)
+        encoder.forward = _graphed(encoder.forward, name, pool)
 
 
-def _graphed(forward, name: str, recorder):
+def _graphed(forward, name: str, pool):
     """Graph the tensors alone: what comes out is a class that pytree does not look into."""
     from utils.cudagraph import CUDAGraphWrapper
 
@@ -83,7 +83,7 @@ def _graphed(forward, name: str, recorder):
         kinds[:] = [type(found)]
         return dict(found)
 
-    graph = CUDAGraphWrapper(tensors, name, recorder)
+    graph = CUDAGraphWrapper(tensors, name, pool)
 
     def run(*args, **kwargs):
         found = graph(*args, **kwargs)
