@@ -7,7 +7,7 @@ import torch
 from conftest import make_args
 from test_cudagraph import RerunRecorder
 
-from utils import card, quality
+from utils import card, quality, roofline
 from utils.benchmark_utils import StageClock, annotate_pipeline
 from utils.calls import only_known_calls
 from utils.cudagraph import GraphPool, wrap_components
@@ -185,6 +185,11 @@ def test_kontext_and_its_own_loop(tmp_path):
     found = generate(own, own_args)[0]
     assert quality.psnr_db(found, generate(stock, args)[0]) > 60
     assert len(calls) == 3 and reused_steps(own, own_args) == COMPUTED
+
+
+def test_predicted_steps_are_no_work_of_the_roofline():
+    args = run_of(*SHORT, *SOME)
+    assert roofline.call_of(args).steps == len(COMPUTED["computed"]) < args.num_inference_steps
 
 
 def test_one_cuda_graph_serves_all_computed_steps():

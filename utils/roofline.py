@@ -121,13 +121,15 @@ def precision_of(args) -> Precision:
 
 
 def call_of(args) -> Call:
-    """Collect the shapes of the run's call."""
-    prompts, image = len(args.prompt), args.pil_image
+    """Collect the shapes of the run's call; steps that a mask predicts are no work."""
+    from utils.steps.step_mask import mask_of
+
+    prompts, image, steps = len(args.prompt), args.pil_image, args.num_inference_steps
     return Call(
         height=args.height,
         width=args.width,
         text_tokens=args.text_tokens,
-        steps=args.num_inference_steps,
+        steps=sum(mask_of(args.step_mask, steps)) if args.step_mask else steps,
         prompts=prompts,
         images=prompts * args.num_images_per_prompt,
         reference=None if image is None else (image.height, image.width),
