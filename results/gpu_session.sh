@@ -122,7 +122,7 @@ for part in "$@"; do
     leave-one-out) # each step's own worth inside the fastest quick stack
       series 560 --leave_one_out $SCHNELL $FAST $BLOCKS ;;
     variants) # settings of a step against each other
-      for flag in "--fa3_dtype bf16" "--quant_granularity tensor" "--quant_filter all"; do
+      for flag in --persistent_tma "--fa3_dtype bf16" "--quant_granularity tensor" "--quant_filter all"; do
         row 140 "$flag" $SCHNELL $BLOCKS $flag
       done ;;
     modulation) # all steps' modulation before the loop: with and without, taking turns

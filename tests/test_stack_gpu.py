@@ -96,6 +96,18 @@ def test_a_package_is_reused_by_the_next_run(tmp_path):
     assert image.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("float8", [False, True], ids=["bf16", "float8"])
+def test_persistent_tma_keeps_the_picture(float8, eager):
+    """Whatever kernels the compiler prefers, biases inside or behind the products."""
+    flags = (*RUN, "--compile_export_mode", "compile", "--compile_scope", "blocks")
+    flags += ("--persistent_tma",) if float8 else ("--persistent_tma", "--disable_quant")
+    args = make_args(*flags)
+    torch._dynamo.reset()
+    result = quality.run(optimize(load_pipeline(args), args), args)
+    psnr = quality.compare(result, eager)["psnr_db_worst"]
+    assert psnr is None or psnr > (30 if float8 else 40)
+
+
 def test_the_denoising_loop_waits_for_nothing(eager):
     """No step of the compiled stack may make the host wait for the device."""
     args = make_args(*RUN, "--compile_export_mode", "compile", "--compile_scope", "blocks")

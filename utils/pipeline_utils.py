@@ -17,6 +17,7 @@ from utils.steps import (
     group_norm,
     inductor_tuning_flags,
     modulation,
+    persistent_tma,
     quant,
     step_mask,
     text_encoders,
@@ -33,6 +34,7 @@ STEPS = (
     modulation,  # takes linear layers out of the blocks before they are quantised
     text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
+    persistent_tma,  # moves the biases of the float8 products
     inductor_tuning_flags,  # read when the compiler runs
     text_encoders,  # warmed up by the calls of the two below
     compile,  # freezes everything above ...

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from utils.kernels.flash_attention import E4M3, E4M3_MAX, TINY
+from utils.kernels.linear import LinearThenBias
 
 # The same numbers as constants of kernels
 _MAX = tl.constexpr(E4M3_MAX)
@@ -46,16 +47,17 @@ def linear_float8(x: torch.Tensor, scale: torch.Tensor, linear: torch.nn.Linear)
     Shapes: x (B, S, K) float8_e4m3fn, scale (B, S, 1) fp32 -> (B, S, N) bf16
     """
     weight = linear.weight  # [N, K] float8 with a scale per row, [N, 1]
+    bias_after = isinstance(linear, LinearThenBias)
     out = torch._scaled_mm(
         x.flatten(0, 1),
         weight.qdata.t(),
         scale_a=scale.flatten(0, 1),
         scale_b=weight.scale.t(),
-        bias=linear.bias,
+        bias=None if bias_after else linear.bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return out.unflatten(0, x.shape[:2])
+    return (out + linear.bias if bias_after else out).unflatten(0, x.shape[:2])
 
 
 def plain_norm_modulate(x, shift, scale, y=None, gate=None, float8=False) -> list[torch.Tensor]:

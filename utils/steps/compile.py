@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, components, inductor_tuning_flags, off, on, refused
+from utils.steps import Verdict, components, inductor_tuning_flags, off, on, persistent_tma, refused
 
 NAME = "compile"
 AFTER = ("inductor_tuning_flags",)
@@ -109,7 +109,11 @@ def compiler_mode(args) -> dict[str, bool]:
 
 def compiler_options(args) -> dict[str, bool]:
     """Give all of Inductor's options of this run, for compile and export_aoti alike."""
-    return {**compiler_mode(args), **inductor_tuning_flags.options(args)}
+    return {
+        **compiler_mode(args),
+        **inductor_tuning_flags.options(args),
+        **persistent_tma.options(args),
+    }
 
 
 def _about(args) -> dict:

@@ -1,0 +1,62 @@
+"""Inductor's persistent TMA kernels among its candidates for the products, float8 and bf16.
+
+Under max-autotune Inductor times its own Triton templates against cuBLAS and CUTLASS, product by
+product, and keeps the fastest; the persistent ones, which load through Hopper's tensor memory
+accelerator, are left out unless asked for, and in float8 whenever the product has a bias. So the
+bias of every float8 Linear moves behind the product, after `quant` has made it float8. One more
+rounding to bf16, no more traffic: the addition joins the pointwise kernel that follows. Unmeasured.
+"""
+
+from utils.hardware import Machine
+from utils.steps import Verdict, off, on, quant, refused, unavailable
+
+NAME = "persistent_tma"
+AFTER = ("quant", "fused_kernels")
+
+
+def add_flags(parser) -> None:
+    """Add the flag that turns the step on: unmeasured, so it is off by default."""
+    parser.add_argument(
+        "--persistent_tma",
+        action="store_true",
+        help="let the compiler try persistent TMA kernels for the products (unmeasured, so off by "
+        "default)",
+    )
+
+
+def lacking(machine: Machine) -> str:
+    """Say why a machine has no such kernels; "" if it has them."""
+    if machine.is_cuda and (machine.capability or (0, 0)) >= (9, 0):
+        return ""
+    return f"needs an NVIDIA GPU of capability 9.0 or newer, found {machine.short()}"
+
+
+def check(args) -> Verdict:
+    """Say what the step will do in this run."""
+    if not args.persistent_tma:
+        return off("no --persistent_tma")
+    if reason := lacking(args.machine):
+        return unavailable(reason)
+    if args.compile_export_mode == "disabled":
+        return refused(
+            "--persistent_tma: found --compile_export_mode disabled, expected compile or "
+            "export_aoti (it is the compiler's choice of kernels)"
+        )
+    return on(bias="after" if quant.check(args).is_on else "inside")
+
+
+def options(args) -> dict[str, bool]:
+    """Give the compiler's switch; compile and export pass it on, before there is a plan too."""
+    return {"triton.enable_persistent_tma_matmul": True} if check(args).is_on else {}
+
+
+def apply(pipeline, args) -> None:
+    """Move the bias of every float8 Linear of the transformer behind its product."""
+    import torch
+
+    from utils.kernels.linear import LinearThenBias
+
+    for module in pipeline.transformer.modules():
+        is_plain = type(module) is torch.nn.Linear and module.bias is not None
+        if is_plain and quant.is_float8(module):
+            module.__class__ = LinearThenBias
