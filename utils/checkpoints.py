@@ -22,6 +22,7 @@ HUB_KINDS = {
     "black-forest-labs/FLUX.1-dev": "dev",
     "black-forest-labs/FLUX.1-Kontext-dev": "kontext",
 }
+MID = "mid-schnell"  # an architecture between the two, without weights: random_weights.py
 DEFAULT_CKPT = {"cuda": "black-forest-labs/FLUX.1-schnell", "cpu": "tiny-schnell"}
 DRAW, EDIT = "a lighthouse on a cliff at dawn, oil on canvas", "make it night, with the lamp lit"
 DEFAULT_PROMPT = {"schnell": DRAW, "dev": DRAW, "kontext": EDIT}
@@ -52,7 +53,7 @@ class Checkpoint:
     """One named set of weights, or with `random_weights` one architecture."""
 
     name: str  # as given to --ckpt
-    source: str  # "bundled", "hub" or "folder"
+    source: str  # "bundled", "hub", "folder" or "architecture"
     kind: str  # a key of KINDS
     path: Path | None  # None for the hub
     native_size: int  # pixels; the edge it was trained for
@@ -181,10 +182,14 @@ def resolve(name: str, random_weights: bool = False) -> Checkpoint:
         found = _from_folder(name, Path(name), "folder")
     elif random_weights and name in HUB_KINDS:
         found = Checkpoint(name, "hub", HUB_KINDS[name], None, 1024)
+    elif random_weights and name == MID:
+        found = Checkpoint(name, "architecture", "schnell", None, 128)
+    elif name == MID:
+        raise UserError(f"--ckpt {name}: an architecture without weights; add --random_weights")
     elif random_weights:
         raise UserError(
             f"--random_weights: unknown architecture {name!r} "
-            f"(expected a folder or one of {', '.join((*HUB_KINDS, *BUNDLED))})"
+            f"(expected a folder or one of {', '.join((*HUB_KINDS, MID, *BUNDLED))})"
         )
     elif name.count("/") == 1 and not name.startswith(("/", ".")):
         found = _from_hub(name)

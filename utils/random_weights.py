@@ -1,5 +1,8 @@
 """Full-size FLUX.1 without its weights: speed does not depend on their values.
 
+`mid-schnell` is a fortieth of it, by size, for what a CPU should show at more than toy size: a
+third of the width, a fifth of the blocks.
+
 The architectures are those of the published configs; every parameter is drawn from one seeded
 generator on the device, scaled by its fan-in so that activations stay finite and of order one
 through all blocks. As in trained FLUX.1, a few channels stand far out, the same in every block, so
@@ -63,6 +66,24 @@ SCHEDULER = {
     },
 }
 SCHEDULER["kontext"] = SCHEDULER["dev"]
+MID = {  # 283 million parameters in the transformer
+    "transformer": {
+        "num_attention_heads": 8,
+        "num_layers": 4,
+        "num_single_layers": 8,
+        "joint_attention_dim": 1024,
+        "pooled_projection_dim": 512,
+    },
+    "vae": {"block_out_channels": (64, 128, 256, 256), "sample_size": 128},
+    "text_encoder": {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "projection_dim": 512,
+    },
+    "text_encoder_2": {"d_model": 1024, "d_ff": 2560, "num_layers": 6, "num_heads": 16},
+}
 OUTLIERS, OUTLIER_SCALE = 384, 24.0  # one channel in 384 (8 of FLUX.1's 3,072), 24 times as large
 SCALES = {6: (1, 4), 3: (1,), 2: (0,)}  # parts of a modulation -> which of them are scales
 
@@ -71,13 +92,15 @@ def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
     """Give the config of each component: a folder's own, or the published architecture."""
     if checkpoint.path is None:
         guided = checkpoint.defaults.guidance is not None
-        return {
+        published = {
             "transformer": TRANSFORMER | {"guidance_embeds": guided},
             "vae": VAE,
             "text_encoder": CLIP_L,
             "text_encoder_2": T5_XXL,
             "scheduler": SCHEDULER[checkpoint.kind],
         }
+        smaller = MID if checkpoint.name == checkpoints.MID else {}
+        return {part: config | smaller.get(part, {}) for part, config in published.items()}
     import json
 
     names = {"scheduler": "scheduler_config.json"}

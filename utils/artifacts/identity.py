@@ -18,7 +18,8 @@ def environment() -> dict:
     import torch
 
     versions = {"cuda": torch.version.cuda, "hip": torch.version.hip}
-    for package in ("torch", "triton", "torchao", "diffusers"):
+    versions["python"] = platform.python_version()
+    for package in ("torch", "triton", "torchao", "diffusers", "transformers"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -9,7 +9,8 @@ from utils.steps import step_mask, text_encoders, text_padding
 UTILS = Path(__file__).resolve().parent.parent
 # Steps that call the packages otherwise, or not at all, and are not in them
 OUTSIDE = (step_mask, text_encoders, text_padding)
-GRAPH = ("aoti.py", "calls.py")  # sources that shape a package beside the steps and kernels
+# Sources that shape a package beside the kernels and the steps that are on: a test follows imports
+GRAPH = ("aoti.py", "calls.py", "denoise.py", "steps/__init__.py")
 
 
 def known_early(args, compiler: dict) -> dict:
@@ -34,16 +35,31 @@ def no_cached_model(lines: list[str]) -> str:
     )
 
 
+def weights_of_run(args) -> dict:
+    """Name everything that the run's weights come from, and digest it.
+
+    Whoever adds a source of weights (a file, an adapter) adds its digest here, and nowhere else.
+    """
+    return {
+        "name": args.checkpoint.name,
+        "weights": args.checkpoint.identity(args.cache_dir),  # a local one is read once for it
+    }
+
+
+def sources_of_run(steps: dict) -> list[Path]:
+    """List the files whose edit makes another package of a run with these steps."""
+    files = [UTILS / "steps" / f"{name}.py" for name in steps]
+    files += [*(UTILS / "kernels").glob("*.py"), *(UTILS / name for name in GRAPH)]
+    return [file for file in files if file.exists()]
+
+
 def identity_of_run(args, compiler: dict) -> dict:
-    """Say what every package of this run depends on; a local checkpoint is read once for it."""
+    """Say what every package of this run depends on."""
     steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
     for step in OUTSIDE:
         steps.pop(step.NAME, None)
-    sources = [UTILS / "steps" / f"{name}.py" for name in steps]
-    sources += [*(UTILS / "kernels").glob("*.py"), *(UTILS / name for name in GRAPH)]
-    weights = args.checkpoint.identity(args.cache_dir)
     return known_early(args, compiler) | {
-        "checkpoint": {"name": args.checkpoint.name, "weights": weights},
+        "checkpoint": weights_of_run(args),
         "steps": {name: verdict.settings for name, verdict in steps.items()},
-        "code": code_digest([file for file in sources if file.exists()]),
+        "code": code_digest(sources_of_run(steps)),
     }
