@@ -1,5 +1,6 @@
 """The store of packages alone, and what the step refuses before any weight is loaded."""
 
+import ast
 import hashlib
 import json
 import os
@@ -10,8 +11,10 @@ import pytest
 from aoti_pieces import make_args, transformer_call
 
 from utils import aoti, artifacts
+from utils.artifacts import run
 from utils.artifacts.store import checksum
 from utils.errors import UserError
+from utils.pipeline_utils import STEPS
 from utils.steps import export_aoti, on
 
 IDENTITY = {"component": "decoder", "dtype": "bf16", "versions": {"torch": "1"}, "code": "a"}
@@ -155,7 +158,7 @@ def test_digests_are_read_once_and_again_after_any_change(tmp_path, monkeypatch)
     weights.write_bytes(b"WEIGHTS")
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))  # the change time tells
     assert artifacts.checkpoint_digest(folder, root) != first and read == ["weights.safetensors"]
-    (kept,) = root.glob("digests-*.json")
+    (kept,) = root.glob("digests.*.json")
     harmed = bytearray(kept.read_bytes())
     harmed[harmed.index(b"vae/")] ^= 1
     kept.write_bytes(harmed)
@@ -211,6 +214,51 @@ def test_every_field_of_a_real_run_is_refused_by_name(tmp_path):
         *("component", "dtype", "code", "steps.quant.granularity", "inputs.hidden_states.shape"),
         *("compiler.epilogue_fusion", "compiler.always_keep_tensor_constants"),
     }
+
+
+OUTSIDE = {  # what the sources behind a package import without its changing the package, and why
+    "errors": "words",
+    "progress": "words",
+    "prompts": "words",
+    "artifacts": "finds and stores it",
+    "cudagraph": "records it",
+    "pipeline_utils": "makes the call, which is recorded in the manifest",
+    "hardware": "describes the machine, which is in the manifest",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Name the modules of utils that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "utils":
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("utils.")}
+    return found
+
+
+def test_an_edit_of_any_source_behind_a_package_makes_it_another():
+    """All steps on: whatever their sources import is digested as well, or named above."""
+    steps = [step.NAME for step in STEPS if step not in run.OUTSIDE]
+    digested = set(run.sources_of_run(dict.fromkeys(steps)))
+    assert {run.UTILS / "steps" / f"{name}.py" for name in steps} <= digested
+    for source in digested:
+        for module in imported(source):
+            path = run.UTILS.parent / (module.replace(".", "/"))
+            file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            if file.is_file() and file != run.UTILS / "__init__.py":
+                known = file in digested or module.split(".")[1] in OUTSIDE
+                known |= file.parent.name == "steps"  # digested where it is on
+                assert known, f"{source.name} imports {module}"
+    assert len(digested) > len(steps) + 8
+
+
+def test_what_the_weights_come_from_is_in_the_fingerprint(tmp_path):
+    args = make_args(tmp_path)
+    assert run.weights_of_run(args) == {"name": "tiny", "weights": "sha256:1"}
+    assert artifacts.identity_of_run(args, {})["checkpoint"] == run.weights_of_run(args)
 
 
 def test_check_refuses_a_cache_directory_that_cannot_be_made(tmp_path):

@@ -1,5 +1,6 @@
 """Looking after the store: python -m utils.artifacts list | verify | prune, as a user runs it."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -47,6 +48,29 @@ def add(root, component, content=b"code", used_days_ago=0):
     then = time.time() - 86400 * used_days_ago
     os.utime(root / f"{package.name}.json", (then, then))
     return package
+
+
+def test_kept_digests_are_no_broken_package(run, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with monkeypatch.context() as patch:  # a file touched just now is read again, not kept
+        later = time.time_ns() + 10**10
+        patch.setattr("utils.artifacts.digests.time.time_ns", lambda: later)
+        artifacts.checkpoint_digest(model, tmp_path)
+    assert [path.name for path in tmp_path.glob("digests*")]
+    code, lines = run("list")
+    assert code == 0 and not any("UNUSABLE" in line for line in lines)
+    assert any("digests of a checkpoint's files" in line for line in lines)
+    assert run("verify")[0] == 0
+    run("prune")
+    assert list(tmp_path.glob("digests*"))
+
+
+def test_list_names_each_package_as_artifact_digest_takes_it(run, tmp_path):
+    package = add(tmp_path, "decoder")
+    digest = hashlib.sha256((tmp_path / f"{package.name}.json").read_bytes()).hexdigest()
+    assert f"    {package.name}@sha256:{digest}" in run("list")[1]
 
 
 def test_list_says_what_each_package_covers(run, tmp_path):

@@ -92,6 +92,35 @@ def test_a_full_disk_costs_the_stored_copy_and_not_the_run(stored, monkeypatch, 
     assert "compile: not stored: No space left on device" in capsys.readouterr().err
 
 
+def test_torch_gives_and_takes_real_artefacts_through_the_store(tmp_path):
+    """One Linear is a call of a library: Inductor makes a graph of it, and no C++ compiler runs."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    args, linear, x = arguments(tmp_path / "cache"), torch.nn.Linear(8, 8), torch.randn(4, 8)
+    root = artifacts.open_cache(args.cache_dir)
+    for is_new in (True, False):
+        torch._dynamo.reset()
+        counters.clear()
+        with fresh_cache(), torch.no_grad():
+            torch.compiler._cache.CacheArtifactManager.clear()
+            identity, found_new = compile._load(root, PARTS, args)
+            assert found_new is is_new
+            assert torch.equal(torch.compile(linear)(x), linear(x))
+            if is_new:
+                compile._store(root, identity)
+        hits, misses = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+        assert (hits, misses) == ((0, 1) if is_new else (1, 0))
+
+
+def test_a_run_with_compiled_text_encoders_is_another(stored):
+    root, args, loaded = stored
+    args.compile_text_encoders = args.use_cached_model = True
+    with pytest.raises(UserError, match="parts: found"):
+        compile._load(root, PARTS, args)
+    assert not loaded
+
+
 @pytest.mark.slow
 def test_a_second_start_compiles_no_graph(tmp_path, monkeypatch):
     """Both starts with empty compiler caches: only the store is left between them."""

@@ -43,14 +43,19 @@ def test_text_encoders_are_asked_for_and_need_a_compiler():
 def test_the_blocks_of_both_encoders_are_found(pipeline):
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         assert len(text_encoders.blocks(encoder)) == encoder.config.num_hidden_layers
+    groups = text_encoders.groups(pipeline)
+    assert {name: len(group) for name, group in groups.items()} == {
+        "clip_block": 2,
+        "t5_first_block": 1,
+        "t5_block": 1,
+    }
 
 
 def test_graphed_encoders_give_what_the_eager_ones_give():
     pipeline = load_pipeline(make_args("--device", "cpu"))
     expected = [encode(pipeline, prompt) for prompt in (SHORT, LONG)]
     recorder = RerunRecorder()
-    encoders = {"CLIP": pipeline.text_encoder, "T5": pipeline.text_encoder_2}
-    text_encoders.wrap(encoders, GraphPool(recorder))
+    text_encoders.wrap(pipeline, GraphPool(recorder))
     for _ in range(2):
         for prompt, (embeds, pooled, _ids) in zip((SHORT, LONG), expected, strict=True):
             found = encode(pipeline, prompt)

@@ -56,6 +56,9 @@ class Component:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         inputs = dict(bound.arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                inputs |= inputs.pop(name)  # passed on by name, as they came
         return_dict = bool(inputs.get("return_dict", False))
         if "return_dict" in inputs:
             inputs["return_dict"] = False

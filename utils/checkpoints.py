@@ -147,7 +147,7 @@ def hub_file(repo: str, file: str) -> Path:
             f"--ckpt {repo}: no such model on the hub, or not yours to see (`hf auth login`); "
             f"bundled: {', '.join(BUNDLED)}; {instead} with a FLUX.1 name"
         ) from None
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError, _transport_error()) as error:
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError, transport_error()) as error:
         raise UserError(
             f"--ckpt {repo}: not in the local cache and the hub cannot be reached "
             f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); licence: "
@@ -155,7 +155,7 @@ def hub_file(repo: str, file: str) -> Path:
         ) from None
 
 
-def _transport_error() -> type[Exception]:
+def transport_error() -> type[Exception]:
     """Give the base class of connection errors of the HTTP client that huggingface_hub uses."""
     from huggingface_hub.utils import _http
 

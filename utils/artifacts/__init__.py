@@ -4,6 +4,8 @@ private.py      whose files are trusted, and writes that leave all or nothing
 identity.py     what a package belongs to: names, versions, differences field by field
 run.py          the part of it that all packages of one run share
 store.py        packages: a manifest, written last, and the files that it lists with their digests
+locks.py        one process at a time builds a package
+remote.py       packages from a repository, named by digest
 digests.py      digests of a checkpoint's files, read once
 __main__.py     python -m utils.artifacts list | verify | prune
 """
@@ -11,7 +13,8 @@ __main__.py     python -m utils.artifacts list | verify | prune
 from utils.artifacts.digests import checkpoint_digest
 from utils.artifacts.identity import code_digest, differences, environment, name_of
 from utils.artifacts.private import cache_problem, open_cache, write_atomically
-from utils.artifacts.run import identity_of_run, known_early, no_cached_model
+from utils.artifacts.remote import flag_problem
+from utils.artifacts.run import identity_of_run, known_early, no_cached_model, stored_problems
 from utils.artifacts.store import FORMAT, Package, building, find, nearest, read_manifest, save
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "differences",
     "environment",
     "find",
+    "flag_problem",
     "identity_of_run",
     "known_early",
     "name_of",
@@ -32,5 +36,6 @@ __all__ = [
     "open_cache",
     "read_manifest",
     "save",
+    "stored_problems",
     "write_atomically",
 ]

@@ -6,6 +6,7 @@ prune    remove what a killed build left and what is unusable; with --max-size, 
          longest ago as well, until the rest is no larger
 """
 
+import hashlib
 import os
 import re
 import sys
@@ -15,12 +16,12 @@ from datetime import datetime
 from pathlib import Path
 
 from utils.artifacts.identity import flat, name_of
+from utils.artifacts.locks import locked
 from utils.artifacts.private import cache_problem
 from utils.artifacts.store import (
     NAME,
     file_problems,
     files_of,
-    locked,
     read_manifest,
     remove,
     remove_leftovers,
@@ -37,7 +38,7 @@ UNITS = {"b": 1, "": 1} | {
 SHAPES = {"hidden_states": "image", "encoder_hidden_states": "text", "sample": "latents"}
 OTHERS = {  # what else lies in the cache directory, made again when it is missing
     "reference-*.safetensors": "pictures of plain diffusers",
-    "digests-*.json": "digests of a checkpoint's files",
+    "digests.*.json": "digests of a checkpoint's files",
 }
 ABANDONED_S = 3600  # a temporary file of no package: nothing writes for so long
 
@@ -149,6 +150,9 @@ def show(root: Path) -> None:
         state = f"{age}used {show_age(now - entry.used)} ago" if entry.used else "no manifest"
         unusable = "" if entry.manifest is not None else "UNUSABLE: "
         print(f"{entry.name}  {show_size(entry.size)}, {state}\n    {unusable}{entry.about}")
+        if entry.is_package and entry.manifest is not None:
+            digest = hashlib.sha256((root / f"{entry.name}.json").read_bytes()).hexdigest()
+            print(f"    {entry.name}@sha256:{digest}")  # as --artifact_digest takes it
     total = show_size(sum(entry.size for entry in found))
     print(f"{root}: {sum(e.is_package for e in found)} package(s), {total} with all other files")
 

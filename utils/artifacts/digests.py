@@ -25,7 +25,8 @@ def checkpoint_digest(folder: Path, root: Path) -> str:
     Returns: hex digits
     """
     folder = folder.resolve()
-    path = root / f"digests-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}.json"
+    # A dot, no dash: the names of packages begin with a component and a dash
+    path = root / f"digests.{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}.json"
     known, now = _load(path), {}
     digest = hashlib.sha256()
     for file in [file for pattern in WEIGHTS for file in sorted(folder.rglob(pattern))]:

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from utils.artifacts.identity import code_digest, environment
+from utils.artifacts.private import open_cache
+from utils.artifacts.store import nearest
 from utils.steps import step_mask, text_encoders, text_padding
 
 UTILS = Path(__file__).resolve().parent.parent
@@ -25,6 +27,21 @@ def known_early(args, compiler: dict) -> dict:
         "compiler": compiler,
         "versions": environment() | {"driver": driver},
     }
+
+
+def stored_problems(args, compiler: dict, parts: list[dict]) -> list[str]:
+    """Compare the packages there are with what is known before weights are loaded, part by part.
+
+    Packages that the user has named by digest are fetched first.
+
+    Raises: UserError if one cannot be had.
+    """
+    from utils.artifacts.remote import fetch
+
+    known, root = known_early(args, compiler), Path(args.cache_dir).expanduser()
+    if args.artifact_repo:
+        fetch(open_cache(root), args, known)
+    return [line for part in parts for line in nearest(root, known | part)]
 
 
 def no_cached_model(lines: list[str]) -> str:

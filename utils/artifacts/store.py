@@ -11,7 +11,6 @@ package or `prune` removes.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,13 +22,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from utils.artifacts.identity import differences, name_of, plain
+from utils.artifacts.locks import locked, unwritable
 from utils.artifacts.private import file_problem, write_atomically
-from utils.errors import UserError
-from utils.progress import say
 
 FORMAT = 2
 NAME = re.compile(r"\.?([a-z_]+-[0-9a-f]{12})[-.]")  # how every file of a package begins
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+SUFFIX = re.compile(r"\.[a-z0-9]+")  # of a file: no way out of the folder
 ENTRY = {"name": str, "sha256": str, "size": int}  # what a manifest says of each file
 
 
@@ -55,25 +54,34 @@ def read_manifest(path: Path) -> tuple[dict | None, str]:
     try:
         if problem := file_problem(path):
             return None, problem
-        manifest = json.loads(path.read_text())
+        return parse_manifest(path.stem, path.read_bytes())
     except FileNotFoundError:
         return None, f"{path.stem}: found no manifest of this name"
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return None, f"{path.name}: found no readable manifest"
+
+
+def parse_manifest(name: str, text: bytes) -> tuple[dict | None, str]:
+    """Understand the manifest of a package of this name, or say what is wrong with it."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        manifest = None
     if not isinstance(manifest, dict):
-        return None, f"{path.name}: found no readable manifest"
+        return None, f"{name}.json: found no readable manifest"
     if manifest.get("format") != FORMAT:
-        return None, f"{path.stem}: format: found {manifest.get('format')}, expected {FORMAT}"
+        return None, f"{name}: format: found {manifest.get('format')}, expected {FORMAT}"
     if manifest.get("sha256") != checksum(manifest):
-        return None, f"{path.name} sha256: found that of another text than the file's own"
+        return None, f"{name}.json sha256: found that of another text than the file's own"
     for key in ("identity", "constants", "files"):
         if not isinstance(manifest.get(key), dict):
-            return None, f"{path.stem}: {key}: found {manifest.get(key)!r}, expected an object"
+            return None, f"{name}: {key}: found {manifest.get(key)!r}, expected an object"
     for suffix, entry in manifest["files"].items():
         fits = isinstance(entry, dict) and entry.keys() == ENTRY.keys()
         fits = fits and all(type(entry[key]) is kind for key, kind in ENTRY.items())
-        if not fits or entry["name"] != f"{path.stem}-{entry['sha256'][:8]}{suffix}":
-            return None, f"{path.stem}: files.{suffix}: found {entry}, expected {', '.join(ENTRY)}"
+        fits = fits and SUFFIX.fullmatch(suffix)
+        if not fits or entry["name"] != f"{name}-{entry['sha256'][:8]}{suffix}":
+            return None, f"{name}: files.{suffix}: found {entry}, expected {', '.join(ENTRY)}"
     return manifest, ""
 
 
@@ -149,48 +157,6 @@ def nearest(root: Path, identity: dict) -> list[str]:
 
 
 @contextmanager
-def locked(root: Path, name: str, wait: bool = True):
-    """Hold one package's lock, and remove its file in the end. A kill releases it.
-
-    Yields: whether the lock is held; without `wait` it may not be.
-    Raises: UserError if the disk is full or the folder gone.
-    """
-    path = root / f".{name}.lock"
-    while True:
-        with _open_lock(path) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    yield False
-                    return
-                say("artifacts", f"{name}: another process builds it; waiting")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_at(lock, path):
-                continue  # its last holder has removed the file: this lock excludes nobody
-            try:
-                yield True
-            finally:
-                path.unlink(missing_ok=True)  # while it is held
-            return
-
-
-def _open_lock(path: Path):
-    try:  # for its owner alone: who may open it may hold it
-        return open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
-    except OSError as error:
-        raise _unwritable(path.parent, path.name, error) from error
-
-
-def _is_at(file, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
 def building(root: Path, identity: dict):
     """Hold the right to build one package; a second process waits.
 
@@ -199,7 +165,13 @@ def building(root: Path, identity: dict):
     Yields: a folder of one's own, in the store; it is gone afterwards.
     Raises: UserError if the disk is full or the folder gone.
     """
-    name = name_of(identity)
+    with workspace(root, name_of(identity)) as scratch:
+        yield scratch
+
+
+@contextmanager
+def workspace(root: Path, name: str):
+    """Hold the right to write the package of this name, as `building` does."""
     with locked(root, name):
         remove_leftovers(root, name)
         scratch = root / f".{name}.building"
@@ -209,7 +181,7 @@ def building(root: Path, identity: dict):
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise _unwritable(root, name, error) from error
+            raise unwritable(root, name, error) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -250,45 +222,49 @@ def _listed(manifest: Path) -> set[str]:
 
 
 def save(root: Path, identity: dict, files: dict[str, bytes], constants: dict) -> Package:
-    """Write a package, then its manifest, then remove the files of the one that it replaces.
+    """Describe a package that has just been built, and put it into the store.
 
     Raises: UserError if the disk is full or the folder gone; what was there before still stands.
     """
-    name = name_of(identity)
+    name, entries = name_of(identity), {}
+    for suffix, content in files.items():
+        digest = hashlib.sha256(content).hexdigest()
+        file = f"{name}-{digest[:8]}{suffix}"
+        entries[suffix] = {"name": file, "sha256": digest, "size": len(content)}
+    manifest = {
+        "format": FORMAT,
+        "built": datetime.now(UTC).isoformat(timespec="seconds"),
+        "identity": identity,
+        "constants": constants,
+        "files": entries,
+    }
+    manifest = plain(manifest)
+    manifest["sha256"] = checksum(manifest)
+    return put(root, name, files, manifest, json.dumps(manifest, indent=1).encode())
+
+
+def put(root: Path, name: str, files: dict[str, bytes], manifest: dict, text: bytes) -> Package:
+    """Write a package, then its manifest, then remove the files of the one that it replaces.
+
+    `text` is the manifest as it is written. Raises: as `save`.
+    """
     manifest_path = root / f"{name}.json"
-    previous = _listed(manifest_path)
-    entries, written = {}, []
+    previous, written = _listed(manifest_path), []
+    paths = {suffix: root / entry["name"] for suffix, entry in manifest["files"].items()}
     try:
-        for suffix, content in files.items():
-            digest = hashlib.sha256(content).hexdigest()
-            path = root / f"{name}-{digest[:8]}{suffix}"
+        for suffix, path in paths.items():
             if not path.exists():
                 written.append(path)
-            write_atomically(path, content)
-            entries[suffix] = {"name": path.name, "sha256": digest, "size": len(content)}
-        manifest = {
-            "format": FORMAT,
-            "built": datetime.now(UTC).isoformat(timespec="seconds"),
-            "identity": identity,
-            "constants": constants,
-            "files": entries,
-        }
-        manifest = plain(manifest)
-        manifest["sha256"] = checksum(manifest)
-        write_atomically(manifest_path, json.dumps(manifest, indent=1).encode())
+            write_atomically(path, files[suffix])
+        write_atomically(manifest_path, text)
     except BaseException as error:  # Ctrl-C included: no file without a manifest stays behind
         kept = _listed(manifest_path)  # the new files, if it failed after the rename
         for path in written:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _unwritable(root, name, error) from error
+            raise unwritable(root, name, error) from error
         raise
-    paths = {suffix: root / entry["name"] for suffix, entry in entries.items()}
     for old in previous - {path.name for path in paths.values()}:
         (root / old).unlink(missing_ok=True)
     return Package(name, paths, manifest["constants"])
-
-
-def _unwritable(root: Path, name: str, error: OSError) -> UserError:
-    return UserError(f"--cache-dir {root}: {name}: {error.strerror or error}")

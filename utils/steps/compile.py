@@ -65,14 +65,14 @@ def check(args) -> Verdict:
             "--compile_scope full: a step cache decides between the blocks and breaks the whole "
             "graph; use --compile_scope blocks"
         )
-    from utils.artifacts import cache_problem, known_early, nearest, no_cached_model
+    from utils.artifacts import cache_problem, flag_problem, no_cached_model, stored_problems
 
-    if problem := missing_compiler() or cache_problem(args.cache_dir):
+    if problem := missing_compiler() or cache_problem(args.cache_dir) or flag_problem(args):
         return refused(problem)
-    if args.use_cached_model:
-        root = Path(args.cache_dir).expanduser()
-        if lines := nearest(root, known_early(args, compiler_options(args)) | _about(args)):
-            return refused(no_cached_model(lines))
+    if args.use_cached_model and (
+        lines := stored_problems(args, compiler_options(args), [_about(args)])
+    ):
+        return refused(no_cached_model(lines))
     shapes = {"dynamic": True} if dynamic(args.machine) else {}
     return on(scope=args.compile_scope, fullgraph=True, **shapes, **compiler_mode(args))
 
@@ -139,7 +139,7 @@ def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     from utils.errors import UserError
 
     identity = identity_of_run(args, compiler_options(args)) | _about(args)
-    identity["parts"] = list(components(pipeline))
+    identity["parts"] = [*components(pipeline), *(["text"] if args.compile_text_encoders else [])]
     package, lines = find(root, identity, STORED)
     if package is None and args.use_cached_model:
         raise UserError(no_cached_model(lines))

@@ -1,7 +1,8 @@
 """torch.export + AOTInductor: pay minutes of compilation once, start in seconds afterwards.
 
 Last, instead of `compile`: the package freezes everything above. Transformer and VAE decoder each
-become one package of code without weights; with --compile_scope blocks one double and one single
+become one package of code without weights (and with --compile_text_encoders the blocks of T5 and
+CLIP three); with --compile_scope blocks one double and one single
 block do instead of the transformer, and serve all others with their own weights: quicker to build,
 with the glue between the blocks eager (inside the CUDA graph on a GPU). A package is made for
 exactly the call of this run (batch, size, text length, guidance or none), which is recorded rather
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, compile, components, off, on, quant, refused
+from utils.steps import Verdict, compile, components, off, on, quant, refused, text_encoders
 
 NAME = "export_aoti"
 AFTER = ("inductor_tuning_flags",)
@@ -25,6 +26,8 @@ COMPONENTS = {  # --compile_scope -> what becomes one package each
     "full": ("transformer", "decoder"),
     "blocks": ("double_block", "single_block", "decoder"),
 }
+ALONE = (*COMPONENTS["full"], "t5_first_block")  # packages that serve one module only
+ENCODERS = ("clip_block", "t5_first_block", "t5_block")  # with --compile_text_encoders
 
 
 def add_flags(parser) -> None:
@@ -42,13 +45,26 @@ def add_flags(parser) -> None:
         action="store_true",
         help="build packages anew, even where one of this run is stored",
     )
+    parser.add_argument(
+        "--artifact_repo",
+        metavar="ORG/NAME",
+        help="fetch the packages named by --artifact_digest from this repository of a model hub",
+    )
+    parser.add_argument(
+        "--artifact_digest",
+        action="append",
+        metavar="NAME@sha256:HEX",
+        help="a package to fetch, by the digest of its manifest (repeat for each)",
+    )
 
 
 def check(args) -> Verdict:
     """Decide from the flags and the cache directory."""
-    from utils.artifacts import cache_problem, known_early, nearest, no_cached_model
+    from utils.artifacts import cache_problem, flag_problem, no_cached_model, stored_problems
 
     mode = args.compile_export_mode
+    if mode != "compile" and (problem := flag_problem(args)):
+        return refused(problem)
     if args.force_export and args.use_cached_model:
         return refused("--force_export, --use-cached-model: expected one of them")
     if mode != "export_aoti":
@@ -70,11 +86,9 @@ def check(args) -> Verdict:
         return refused(problem)
     if args.use_cached_model:
         # What needs no weights is compared now; the rest in apply()
-        root, known = Path(args.cache_dir).expanduser(), known_early(args, _options(args))
-        names = COMPONENTS[args.compile_scope]
-        lines = [nearest(root, known | {"component": component}) for component in names]
-        if missing := [line for part in lines for line in part]:
-            return refused(no_cached_model(missing))
+        parts = [{"component": component} for component in _names(args)]
+        if lines := stored_problems(args, _options(args), parts):
+            return refused(no_cached_model(lines))
     scope = {"scope": "blocks"} if args.compile_scope == "blocks" else {}
     return on(**scope, **compile.compiler_mode(args))
 
@@ -93,7 +107,7 @@ def apply(pipeline, args) -> None:
     from utils.pipeline_utils import generate
 
     root = open_cache(args.cache_dir)
-    groups = _groups(pipeline, args.compile_scope)
+    groups = _groups(pipeline, _names(args))
     firsts = [group[0] for group in groups]
     on_gpu = args.machine.device == "cuda"
     pool = pool_of(pipeline) if on_gpu else None
@@ -108,13 +122,13 @@ def apply(pipeline, args) -> None:
 
         def provide(component):
             package = packages.get(component)
-            if ".safetensors" in package.files and component.name not in COMPONENTS["full"]:
+            if ".safetensors" in package.files and component.name not in ALONE:
                 raise RuntimeError(
                     f"export_aoti: {component.name}: has tensors that are no weights, which all "
                     "blocks would share; use --compile_scope full"
                 )
             run = aoti.attach(component, package.files, package.constants)
-            if on_gpu and component.name in COMPONENTS["full"]:
+            if on_gpu and component.name in COMPONENTS["full"]:  # no graph inside of a graph
                 run = CUDAGraphWrapper(run, component.name, pool)
             return run
 
@@ -128,11 +142,18 @@ def apply(pipeline, args) -> None:
         if on_gpu and args.compile_scope == "blocks" and (transformer := pipeline.transformer):
             # one graph around all blocks and their glue
             transformer.forward = CUDAGraphWrapper(transformer.forward, "transformer", pool)
+        if on_gpu and args.compile_text_encoders:
+            text_encoders.wrap(pipeline, pool)
         stage("warm up")
         generate(pipeline, args)
 
 
-def _groups(pipeline, scope: str) -> list[list]:
+def _names(args) -> tuple[str, ...]:
+    """Name the packages of a run."""
+    return COMPONENTS[args.compile_scope] + (ENCODERS if args.compile_text_encoders else ())
+
+
+def _groups(pipeline, wanted: tuple[str, ...]) -> list[list]:
     """List the components that share one package each; the first of a group stands for all.
 
     Raises: RuntimeError if blocks of one kind are not built alike.
@@ -143,7 +164,9 @@ def _groups(pipeline, scope: str) -> list[list]:
     if (transformer := pipeline.transformer) is not None:
         parts["double_block"] = transformer.transformer_blocks
         parts["single_block"] = transformer.single_transformer_blocks
-    names = [name for name in COMPONENTS[scope] if name in parts]
+    if set(ENCODERS) & set(wanted):
+        parts |= text_encoders.groups(pipeline)
+    names = [name for name in wanted if name in parts]
     groups = [[aoti.Component(name, module) for module in parts[name]] for name in names]
     for first, *others in groups:
         for other in others:

@@ -4,7 +4,8 @@ Some 1,100 small kernels per prompt, launched one by one by eager code, for 2.5 
 H200 (256 tokens): the graph removes the launches, the compiler two thirds of the kernels. All
 blocks of an encoder share one graph of code (T5's first, which makes the position bias, has its
 own), so this adds little to compilation; whole encoders would compile for minutes and gain nothing
-that the CUDA graph has not. In bf16: float8 would halve 2.5 to 5 ms, and make the text lossy.
+that the CUDA graph has not. In bf16: float8 would halve 2.5 to 5 ms, and make the text lossy. With
+export_aoti the three graphs of code are packages of their own, made and stored as all others.
 
 After the flags that the compiler reads, before the steps that warm everything up.
 """
@@ -32,7 +33,7 @@ def check(args) -> Verdict:
     if args.compile_export_mode == "disabled":
         return refused(
             "--compile_text_encoders: found --compile_export_mode disabled, expected compile or "
-            "export_aoti (whose packages hold transformer and decoder only)"
+            "export_aoti"
         )
     if problem := compile.missing_compiler():
         return refused(problem)
@@ -45,8 +46,17 @@ def blocks(encoder) -> list:
     return list(inner.block if hasattr(inner, "block") else inner.layers)
 
 
+def groups(pipeline) -> dict[str, list]:
+    """List the blocks that are built alike, so that one graph of code serves all of them."""
+    first, *others = blocks(pipeline.text_encoder_2)
+    clip = blocks(pipeline.text_encoder)
+    return {"clip_block": clip, "t5_first_block": [first], "t5_block": others}
+
+
 def apply(pipeline, args) -> None:
-    """Compile every block in place; the first call of the steps below warms them up."""
+    """Compile every block in place, or leave that to export_aoti; the first call warms them up."""
+    if args.compile_export_mode == "export_aoti":
+        return
     import torch
 
     limit = torch._dynamo.config.recompile_limit
@@ -56,19 +66,18 @@ def apply(pipeline, args) -> None:
         "dynamic": compile.dynamic(args.machine),
         "options": {**compile.compiler_mode(args), **inductor_tuning_flags.options(args)},
     }
-    encoders = {"CLIP": pipeline.text_encoder, "T5": pipeline.text_encoder_2}
-    for encoder in encoders.values():
-        for block in blocks(encoder):
+    for group in groups(pipeline).values():
+        for block in group:
             block.compile(**how)
     if args.machine.device == "cuda":
         from utils.cudagraph import pool_of
 
-        wrap(encoders, pool_of(pipeline))
+        wrap(pipeline, pool_of(pipeline))
 
 
-def wrap(encoders: dict, pool) -> None:
+def wrap(pipeline, pool) -> None:
     """Put the encoders' forwards into CUDA graphs of one pool."""
-    for name, encoder in encoders.items():
+    for name, encoder in (("CLIP", pipeline.text_encoder), ("T5", pipeline.text_encoder_2)):
         encoder.forward = _graphed(encoder.forward, name, pool)
 
 
