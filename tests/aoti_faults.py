@@ -1,9 +1,9 @@
 """Kill, starve and race the real compiler: python -m tests.aoti_faults --kills 20
 
-What tests/artifact_kills.py does to the store with files of bytes, on builds as the step makes them:
-torch.export, Inductor's C++ compiler, the package, the manifest. The smallest module there is, so
-that a build takes seconds. Survived means: the package from before is found, loads and computes what
-it did, or the whole new one does; and the next build leaves nothing but itself.
+What tests/artifact_kills.py does to the store with files of bytes, on builds as the step makes
+them: torch.export, the C++ compiler, the package, the manifest. The smallest module there is, so
+that a build takes seconds. Survived means: the package from before is found, loads and computes
+what it did, or the whole new one does; and the next build leaves nothing but itself.
 """
 
 import argparse
