@@ -101,11 +101,12 @@ def is_alone(root: Path) -> bool:
 
 def kills(folder: Path, number: int, chance: random.Random) -> Iterator[bool]:
     """Kill -9 one build after the other, anywhere between its first line and its last."""
-    root, before = artifacts.open_cache(folder / "kills"), 0
-    start = time.perf_counter()
-    assert ended(in_child(lambda: build(root, 0))) == 0
+    root, before = artifacts.open_cache(folder / "kills"), 1
+    for version in (0, before):  # the second is timed: the compiler's headers are ready
+        start = time.perf_counter()
+        assert ended(in_child(lambda version=version: build(root, version))) == 0
     once = time.perf_counter() - start
-    for version in range(1, number + 1):
+    for version in range(2, number + 2):
         ready, told = os.pipe()
 
         def work(version=version, told=told):
@@ -121,15 +122,15 @@ def kills(folder: Path, number: int, chance: random.Random) -> Iterator[bool]:
         yield computes(root, before, version)
         if computes(root, version):
             before = version
-    ended(in_child(lambda: build(root, number + 1)))
-    yield computes(root, number + 1) and is_alone(root)
+    ended(in_child(lambda: build(root, number + 2)))
+    yield computes(root, number + 2) and is_alone(root)
 
 
 def full_disks(folder: Path) -> Iterator[bool]:
     """Build where less room is left than a package needs, wherever that is noticed."""
     disk = folder / "disk"
     disk.mkdir(mode=0o700)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         return  # not permitted here
     try:
@@ -177,9 +178,9 @@ def main() -> None:
         folder = Path(name)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiler")
         tries = {
-            BUILD: kills(folder, args.kills, random.Random(args.seed)),
             FULL: full_disks(folder),
             RACE: races(folder),
+            BUILD: kills(folder, args.kills, random.Random(args.seed)),
         }
         for kind, results in tries.items():
             results = list(results)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import startup
+from utils import readme, startup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +44,21 @@ def test_unknown_starts_are_one_line(tmp_path):
 def test_words_of_the_command_itself_stay_behind():
     words = ["--ckpt", "x", "--starts", "a,b", "--results=r", "--cache_dir", "c", "--seed", "1"]
     assert startup.own_words(words) == ["--ckpt", "x", "--seed", "1"]
+
+
+def test_the_page_of_packages_is_up_to_date():
+    page = readme.PACKAGES.read_text()
+    made = readme.render(page, readme.STARTS, readme.PACKAGES.name)
+    assert made == page, "run: python -m utils.readme"
+    rows = [row for path in startup.STARTUP.glob("*.jsonl") for row in rows_of(path)]
+    kinds = {(row["call"]["ckpt"], row["start"], row["state"]) for row in rows}
+    assert (
+        sum(
+            line.startswith(tuple(f"| {s} |" for s in startup.STARTS)) for line in page.splitlines()
+        )
+        == len(kinds)
+        > 0
+    )
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ identity.
 import copy
 import hashlib
 import inspect
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,7 @@ def compile_package(
     from torch._inductor.package import package_aoti
 
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=scratch) as folder:
-        path = str(Path(folder) / "package.pt2")
+        path = Path(folder) / "package.pt2"
         graph = program.module(check_guards=False)
         # Lifted tensors would come out as _tensor_constant0, 1, ...: as buffers they keep names
         for name, tensor in program.constants.items():
@@ -183,9 +184,11 @@ def compile_package(
             delattr(graph.get_submodule(owner), leaf)
             graph.get_submodule(owner).register_buffer(leaf, tensor)
         options = {**options, **PACKAGE_OPTIONS, "aot_inductor.package": True}
-        package_aoti(path, aot_compile(graph, *program.example_inputs, options=options))
+        archive = io.BytesIO()  # torch's own file writer does not say that a disk is full
+        package_aoti(archive, aot_compile(graph, *program.example_inputs, options=options))
+        code = archive.getvalue()
+        path.write_bytes(code)
         names = load_package(path).get_constant_fqns()
-        code = Path(path).read_bytes()
     weights = component.weights()
     lifted = {n: t for n, t in program.constants.items() if n in names and n not in weights}
     if missing := [n for n in names if n not in weights and n not in lifted]:

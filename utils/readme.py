@@ -1,17 +1,20 @@
-"""Write the README's tables from the code that they describe: python -m utils.readme
+"""Write the README's tables from what they describe: python -m utils.readme
 
-Each stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test fails when one is out of date.
+That of starts is in docs/packages.md. Each stands between `<!-- NAME -->` and `<!-- /NAME -->`; a
+test fails when one is out of date.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
+from utils import startup
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
 from utils.report import fill, measured
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+PACKAGES = README.parent / "docs" / "packages.md"
 MACHINES = {  # what `hardware.detect` finds there; tests go through it
     "H100, H200": Machine("cuda", "NVIDIA H200", (9, 0)),
     "L20, L40S, RTX 4090": Machine("cuda", "NVIDIA L40S", (8, 9)),
@@ -79,6 +82,7 @@ def hardware() -> str:
 
 
 SECTIONS = {"steps": steps, "hardware": hardware, "measured": measured}
+STARTS = {"starts": startup.measured}
 
 
 def render(text: str, sections: dict | None = None, where: str = "README") -> str:
@@ -94,3 +98,4 @@ def render(text: str, sections: dict | None = None, where: str = "README") -> st
 if __name__ == "__main__":
     quiet_libraries()
     README.write_text(render(README.read_text()))
+    PACKAGES.write_text(render(PACKAGES.read_text(), STARTS, PACKAGES.name))

@@ -7,7 +7,8 @@ interpreter, imports and loading count. Weights that the first start has read ma
 system's file cache for the second. Beside the seconds stand those that its processors worked for
 it, compilers included, which say more where other work shares the machine.
 
-Rows are appended to results/startup/<machine>.jsonl; the table is printed.
+Rows are appended to results/startup/<machine>.jsonl; the table is printed, and `python -m
+utils.readme` puts it into docs/packages.md.
 """
 
 import json
@@ -31,6 +32,7 @@ STARTS = {"disabled": ("--compile_export_mode", "disabled")} | {
     for mode in ("compile", "export_aoti")
     for scope in ("full", "blocks")
 }
+STARTUP = Path(__file__).resolve().parent.parent / "results" / "startup"
 HEADER = (
     "start", "", "first image, s", "image {n}, s", "optimize, s", "CPU, s", "stored, MiB",
     "peak, GiB",
@@ -116,6 +118,26 @@ def table(rows: list[dict]) -> str:
         cells.append((row["start"], row["state"], *(f"{n:.1f}" for n in numbers), f"{peak:.2f}"))
     header = tuple(cell.format(n=len(rows[0]["images_s"])) for cell in HEADER)
     return markdown(header, cells)
+
+
+def measured() -> str:
+    """Render the last row of every committed start, a table for each machine and checkpoint."""
+    groups: dict[str, dict[tuple, dict]] = {}
+    for path in sorted(STARTUP.glob("*.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            call, machine = row["call"], row["environment"]
+            what = "random weights" if call["random_weights"] else "trained weights"
+            title = (
+                f"{machine['device']}, torch {machine['versions']['torch']}: {call['ckpt']} "
+                f"({what}), {call['width']}x{call['height']}, {call['num_inference_steps']} steps "
+                f"([rows](../results/startup/{path.name}); {row['note'] or 'an idle machine'}):"
+            )
+            groups.setdefault(title, {})[row["start"], row["state"]] = row
+    order = list(STARTS)
+    return "\n\n".join(
+        f"{title}\n\n{table(sorted(rows.values(), key=lambda row: order.index(row['start'])))}"
+        for title, rows in groups.items()
+    )
 
 
 def own_words(argv: list[str]) -> list[str]:
