@@ -174,6 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     failed = 0
+    print("| fault | tried | survived |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiler")

@@ -113,9 +113,9 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         memory = row["memory_gib"]
         peak = memory.get("allocated_peak", memory["host_peak"])
-        numbers = (row["images_s"][0], row["images_s"][-1], row["optimize_s"], row["cpu_s"])
-        numbers += (row["stored_mib"],)
-        cells.append((row["start"], row["state"], *(f"{n:.1f}" for n in numbers), f"{peak:.2f}"))
+        numbers = [row["images_s"][0], row["images_s"][-1], row["optimize_s"], row.get("cpu_s")]
+        words = ["-" if n is None else f"{n:.1f}" for n in (*numbers, row["stored_mib"])]
+        cells.append((row["start"], row["state"], *words, f"{peak:.2f}"))
     header = tuple(cell.format(n=len(rows[0]["images_s"])) for cell in HEADER)
     return markdown(header, cells)
 
