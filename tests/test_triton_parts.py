@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from triton_models import contract, parts, requests, serve
+from triton_models import contract, parts, repository, requests, serve
 from triton_models.answers import in_batches
 from triton_models.denoiser import Cancelled, Denoiser, Job
 
@@ -181,9 +181,7 @@ def test_the_contract_page_is_that_of_the_configs():
         text = (ROOT / "triton_models" / name / "config.pbtxt").read_text()
         for side in ("input", "output"):
             named = {found[0] for found in contract.tensors(text, side)}
-            assert named <= contract.MEANING.keys() | {"height", "width"} | set(
-                ("num_inference_steps", "guidance_scale", "num_images_per_prompt")
-            ), named
+            assert named <= contract.MEANING.keys(), named
 
 
 def test_the_servers_environment_is_the_scripts_but_for_numpy():
@@ -198,7 +196,7 @@ def test_the_servers_environment_is_the_scripts_but_for_numpy():
 
 def test_the_repository_carries_the_commands_flags(tmp_path):
     args, flags = serve.parse_args(["--ckpt", "tiny-dev", "--disable_bf16", "--batch-sizes", "1,2"])
-    serve.write_repository(tmp_path, args, flags)
+    repository.write_repository(tmp_path, args, flags)
     text = (tmp_path / "dit_transformer" / "config.pbtxt").read_text()
     assert '"--ckpt tiny-dev --disable_bf16"' in text and 'string_value: "1,2"' in text
     assert "max_batch_size: 2" in text and "BF16" not in text

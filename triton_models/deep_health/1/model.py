@@ -44,6 +44,7 @@ def requests_of(args) -> dict[str, tuple[dict, str]]:
         "t5_encoder": ({"prompt": text("a"), "max_sequence_length": length}, "prompt_embeds"),
         "dit_transformer": (step, "noise_pred"),
         "vae_decoder": ({"latents": latents, "size": size}, "images"),
+        "bls_orchestrator": ({"prompt": text("a")[0], "ping": torch.tensor([True])}, "step"),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from triton_models import parts
 from triton_models.answers import answer
 from triton_models.components import Decoder
+from triton_models.requests import size_problem
 
 
 class TritonPythonModel:
@@ -29,13 +30,8 @@ class TritonPythonModel:
 
     def _kind(self, inputs: parts.Inputs) -> tuple:
         latents, (height, width) = inputs.tensor("latents"), inputs.values("size")[:2]
-        if height < 16 or width < 16 or height % 16 or width % 16:
-            raise ValueError(f"size: found {height}x{width}, expected multiples of 16")
-        tokens = (height // 16) * (width // 16)
-        if latents.shape[1] != tokens:
-            raise ValueError(
-                f"latents: found {latents.shape[1]} tokens, expected {tokens} of {height}x{width}"
-            )
+        if problem := size_problem(latents.shape[1], height, width):
+            raise ValueError(problem)
         return height, width
 
     @staticmethod
