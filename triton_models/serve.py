@@ -71,8 +71,13 @@ def problems_of(args: argparse.Namespace) -> list[str]:
     if not all(size.isdigit() and int(size) > 0 for size in sizes) or "1" not in sizes:
         problems.append(f"--batch-sizes {args.batch_sizes}: expected numbers, 1 among them")
     if args.write_repository is not None:
-        if args.write_repository.exists():
-            problems.append(f"--write-repository {args.write_repository}: exists already")
+        folder = args.write_repository
+        if folder.exists():
+            problems.append(f"--write-repository {folder}: exists already")
+        elif not folder.parent.is_dir():
+            problems.append(
+                f"--write-repository {folder}: the folder {folder.parent} does not exist"
+            )
         return problems
     if repository.VERSION not in repository.STUBS:
         problems.append(

@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "diffusers==0.42.1",
+#     "transformers==5.23.0",
+#     "torchao==0.18.0",
+#     "accelerate==1.15.0",
+#     "psutil==7.2.2",
+# ]
+# ///
 """The pipeline: checks a request, calls the four models in order, and answers with images.
 
 Every request runs in a thread of its own: text encoders, one denoising job for each image (the
