@@ -4,6 +4,7 @@ Over a gRPC stream, so that progress can come before the image. `Client` is the 
 """
 
 import argparse
+import contextlib
 import io
 import queue
 import re
@@ -110,13 +111,16 @@ class Client:
 
         Raises: ServerError for what the server refuses.
         """
+        from tritonclient.utils import InferenceServerException
+
         answers: queue.SimpleQueue = queue.SimpleQueue()
         self.connection.start_stream(lambda result, error: answers.put((result, error)))
         ended = False
         try:
-            self.connection.async_stream_infer(
-                ORCHESTRATOR, inputs, enable_empty_final_response=True
-            )
+            with contextlib.suppress(InferenceServerException):  # the answer below has the reason
+                self.connection.async_stream_infer(
+                    ORCHESTRATOR, inputs, enable_empty_final_response=True
+                )
             while not ended:
                 result, error = answers.get(timeout=timeout_s)
                 if error is not None:
