@@ -3,14 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from tests.triton_server import NEEDS_ENV, Served
+from tests.triton_server import ENV, NEEDS_ENV, Served
 from triton_models.parts import HEALTH, MODELS, ROOT
 
 pytestmark = [pytest.mark.slow, NEEDS_ENV]
@@ -110,12 +109,21 @@ def test_compiled_blocks_serve_every_size(tmp_path):
 
 
 def test_packages_of_the_scripts_are_served(tmp_path):
-    """What gen_image.py exported, the server runs; it may build nothing (--use-cached-model)."""
+    """What gen_image.py exported, the server runs; it may build nothing (--use-cached-model).
+
+    With the server's interpreter: a package belongs to the versions that built it.
+    """
     from triton_models.client import Client, ServerError
 
     flags = ["--ckpt", "tiny-dev", "--compile_export_mode", "export_aoti"]
     flags += ["--cache-dir", str(tmp_path / "store")]
-    script = [sys.executable, "gen_image.py", *flags, "--max_sequence_length", str(TEXT)]
+    script = [
+        str(ENV / "bin" / "python3"),
+        "gen_image.py",
+        *flags,
+        "--max_sequence_length",
+        str(TEXT),
+    ]
     script += ["--num_inference_steps", "1", "--output-file", str(tmp_path / "image.png")]
     subprocess.run(script, cwd=ROOT, check=True)
     stored = sorted((tmp_path / "store").iterdir())

@@ -4,6 +4,7 @@ import threading
 import tomllib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,19 +241,23 @@ def test_a_wrong_command_is_refused_before_anything_slow(tmp_path):
 
 
 def test_overhead_is_told_apart_from_drift():
-    """Costs of 1 ms a step and 20 ms an image, on a host that gets three times slower."""
-    found = {"server": [], "here": []}
-    for drift in (1.0, 1.5, 2.0, 2.5, 3.0):
-        here = [drift * (0.1 + 0.05 * steps) for steps in (4, 28)]
-        found["here"].append(here)
-        found["server"].append([h + 0.02 + 0.001 * n for h, n in zip(here, (4, 28), strict=True)])
+    """Costs of 1 ms a step and 20 ms an image; a host that slows down, a slower forward there."""
+    found = np.zeros((5, 2, 2, 2))
+    for number, drift in enumerate((1.0, 1.5, 2.0, 2.5, 3.0)):
+        for at, steps in enumerate((4, 28)):
+            here, there = drift * 0.05 * steps, 1.1 * drift * 0.05 * steps
+            found[number, 0, at] = there + 0.1 + 0.02 + 0.001 * steps, there
+            found[number, 1, at] = here + 0.1, here
     row = overhead.summary(found, [4, 28])
     assert row["overhead_per_step_s"] == pytest.approx(0.001)
     assert row["overhead_per_image_s"] == pytest.approx(0.02)
+    assert row["overhead_of_many_steps_s"] == pytest.approx(0.048)
     assert row["step_in_process_s"] == pytest.approx(0.1) and row["rounds"] == 5
+    assert row["clocks_difference_per_step_s"] == pytest.approx(0.011)
     low, high = row["step_in_process_s_95"]
     assert 0.05 - 1e-9 <= low < 0.1 < high <= 0.15 + 1e-9
-    assert not row["step_goal_met"]  # the interval's end is at the goal, not under it
+    found[:, 0, :, 0] += 0.001 * np.array([4, 28])
+    assert not overhead.summary(found, [4, 28])["step_goal_met"]
 
 
 def test_http_parameters_are_fields_that_nobody_knows():

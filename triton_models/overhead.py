@@ -2,9 +2,12 @@
 
 Asks a running server that has the same flags. A host's speed drifts by more than serving costs, so
 calls take turns (server, here, here, server, ...), each at few and at many steps, and only
-differences within a round count. A step costs the difference at many steps less that at few, over
-the steps between; an image costs what is left. Medians over the rounds with intervals of 95 %, JSON
-last. A forward of one row is the same work on both sides: the pictures are compared, to the bit.
+differences within a round count. The transformer's forward is the same work on both sides, the
+pictures are compared to the bit; yet two processes run it at speeds that differ by some percent for
+as long as they live (where their memory lies), so it is timed on both sides and taken out: what is
+left is all that serving adds, as the client sees it. A step costs what is left at many steps less
+that at few, over the steps between; an image costs the rest. Medians over the rounds with intervals
+of 95 %, the plain difference of the clocks beside them, JSON last.
 
 Source: Efron 1979, Bootstrap methods (the percentile interval of a median)
 """
@@ -18,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 
 from triton_models.client import Client, ServerError
-from triton_models.loadtest import request
+from triton_models.loadtest import read_metrics, request
 from triton_models.parts import settings
 from utils.errors import UserError, run_script
 
@@ -37,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--rounds", type=int, default=30, help="four calls each")
     parser.add_argument("--steps", default="4,28", help="few and many")
     parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
     return parser.parse_known_args(argv)
 
 
@@ -47,68 +51,97 @@ def median_with_interval(values: list[float]) -> tuple[float, list[float]]:
     return statistics.median(values), [float(low), float(high)]
 
 
-def seconds_of(call: Callable[[], list]) -> tuple[float, np.ndarray]:
-    """Time one call that gives one picture."""
-    start = time.perf_counter()
-    (picture,) = call()
-    seconds = time.perf_counter() - start
-    return seconds, np.asarray(picture)
+class Side:
+    """One side of the comparison: calls that give one picture, timed with their forwards."""
+
+    def __init__(self, call: Callable[..., list], forward_s: Callable[[], float]) -> None:
+        self.call, self.forward_s = call, forward_s  # forward_s: in all, so far
+
+    def timed(self, *args) -> tuple[np.ndarray, tuple[float, float]]:
+        """Make one picture. Returns: it, and its seconds: in all, in forwards"""
+        before, start = self.forward_s(), time.perf_counter()
+        (picture,) = self.call(*args)
+        seconds = time.perf_counter() - start
+        return np.asarray(picture), (seconds, self.forward_s() - before)
 
 
-def measure(client: Client, run_args, rounds: int, counts: list[int]) -> dict[str, list]:
-    """Take turns. Returns: "server" and "here" -> for each round, seconds at each number of steps
+def served(client: Client, metrics_port: int) -> Side:
+    """Give the server's side; it counts the seconds of its forwards itself."""
 
-    Raises: UserError if the pictures differ: the server has other flags.
-    """
+    def call(fields: dict, steps: int) -> list:
+        return client.generate(**fields, num_inference_steps=steps)
+
+    return Side(call, lambda: read_metrics(metrics_port).get("flux_forward_seconds_total", 0.0))
+
+
+def in_process(run_args) -> Side:
+    """Give the side of a pipeline of this process, its forward wrapped in a clock."""
     from utils.pipeline_utils import generate, load_pipeline, optimize
 
     pipeline = optimize(load_pipeline(run_args), run_args)
+    forward, spent = pipeline.transformer.forward, [0.0]
+
+    def clocked(*args, **kwargs):
+        start = time.perf_counter()
+        output = forward(*args, **kwargs)
+        spent[0] += time.perf_counter() - start
+        return output
+
+    pipeline.transformer.forward = clocked
+
+    def call(fields: dict, steps: int) -> list:
+        run_args.prompt, run_args.seed = [fields["prompt"]], fields["seed"]
+        return generate(pipeline, run_args, num_inference_steps=steps)
+
+    return Side(call, lambda: spent[0])
+
+
+def measure(sides: dict[str, Side], size: dict, rounds: int, counts: list[int]) -> np.ndarray:
+    """Take turns.
+
+    Shapes: (rounds, sides, numbers of steps, 2), seconds: in all, in forwards
+    Raises: UserError if the pictures differ: the server has other flags.
+    """
     shape = argparse.Namespace(num_inference_steps=None, sizes="")
-    found: dict[str, list] = {"server": [], "here": []}
-    for number in range(-1, rounds):  # the first is the warm-up
-        fields = request(number, shape) | {"height": run_args.height, "width": run_args.width}
-        fields["seed"] = run_args.seed = number + 1
-        run_args.prompt = [fields["prompt"]]
-        row: dict[str, list] = {"server": [], "here": []}
+    found = np.zeros((rounds + 1, len(sides), len(counts), 2))  # the first is the warm-up
+    for number in range(rounds + 1):
+        fields = request(number, shape) | size
         for at, steps in enumerate(counts):
-            calls = {
-                "server": lambda s=steps, f=fields: client.generate(**f, num_inference_steps=s),
-                "here": lambda s=steps: generate(pipeline, run_args, num_inference_steps=s),
-            }
-            order = list(calls) if (number + at) % 2 else list(calls)[::-1]
-            pictures = {}
-            for side in order:
-                seconds, pictures[side] = seconds_of(calls[side])
-                row[side].append(seconds)
-            if not np.array_equal(pictures["server"], pictures["here"]):
+            order = list(enumerate(sides.values()))
+            pictures = []
+            for place, side in order if (number + at) % 2 else order[::-1]:
+                picture, found[number, place, at] = side.timed(fields, steps)
+                pictures.append(picture)
+            if not np.array_equal(*pictures):
                 raise UserError(
                     f"the server's picture at {steps} steps is another than the pipeline's here: "
                     "give the flags that it runs with"
                 )
-        if number >= 0:
-            for side, seconds in row.items():
-                found[side].append(seconds)
-    return found
+    return found[1:]
 
 
-def summary(found: dict[str, list], counts: list[int]) -> dict:
-    """Turn seconds into costs: for each step, and for each image beside its steps."""
-    server, here = (np.array(found[side]) for side in ("server", "here"))  # (rounds, 2)
+def summary(found: np.ndarray, counts: list[int]) -> dict:
+    """Turn seconds of (server, here) into costs: of each step, and of an image beside its steps."""
     few, many = counts
-    differences = server - here
-    step = (differences[:, 1] - differences[:, 0]) / (many - few)
-    step_here = (here[:, 1] - here[:, 0]) / (many - few)
-    row: dict = {"rounds": len(here), "steps": counts}
+    per_step = (found[:, :, 1] - found[:, :, 0]) / (many - few)  # (rounds, sides, 2)
+    beside = found[..., 0] - found[..., 1]  # (rounds, sides, numbers of steps)
+    beside_step = (beside[:, :, 1] - beside[:, :, 0]) / (many - few)
+    added = beside[:, 0] - beside[:, 1]
+    added_step = beside_step[:, 0] - beside_step[:, 1]
+    row: dict = {"rounds": len(found), "steps": counts}
     for name, values in (
-        ("step_in_process_s", step_here),
-        ("overhead_per_step_s", step),
-        ("overhead_per_image_s", differences[:, 0] - few * step),
-        ("overhead_of_many_steps_s", differences[:, 1]),
+        ("overhead_per_step_s", added_step),
+        ("overhead_per_image_s", added[:, 0] - few * added_step),
+        ("overhead_of_many_steps_s", added[:, 1]),
+        ("step_in_process_s", per_step[:, 1, 0]),
+        ("forward_in_process_s", per_step[:, 1, 1]),
+        ("forward_in_server_s", per_step[:, 0, 1]),
+        ("clocks_difference_per_step_s", per_step[:, 0, 0] - per_step[:, 1, 0]),
     ):
         row[name], row[f"{name}_95"] = median_with_interval(values.tolist())
-    row["in_process_s"] = float(np.median(here[:, 1]))
+    row["image_in_process_s"] = float(np.median(found[:, 1, 1, 0]))
     row["share_of_a_step"] = row["overhead_per_step_s"] / row["step_in_process_s"]
-    row["share_of_an_image"] = row["overhead_of_many_steps_s"] / row["in_process_s"]
+    row["share_of_an_image"] = row["overhead_of_many_steps_s"] / row["image_in_process_s"]
     row["goal_per_step_s"] = GOAL_S
     row["step_goal_met"] = row["overhead_per_step_s_95"][1] < GOAL_S
     return row
@@ -129,7 +162,12 @@ def main() -> None:
     run_args = settings(flags)
     try:
         with Client(args.grpc_port) as client:
-            row = summary(measure(client, run_args, args.rounds, counts), counts)
+            sides = {
+                "server": served(client, args.metrics_port),
+                "here": in_process(run_args),
+            }
+            size = {"height": run_args.height, "width": run_args.width}
+            row = summary(measure(sides, size, args.rounds, counts), counts)
     except ServerError as error:
         raise UserError(f"--grpc-port {args.grpc_port}: {error.code} {error}") from None
     row |= {"size": f"{run_args.width}x{run_args.height}", "flags": flags}
