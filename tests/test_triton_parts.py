@@ -1,12 +1,14 @@
 """The served models without a server: requests, batching by iteration, contract, environment."""
 
 import threading
+import tomllib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from triton_models import contract, parts, requests, serve
+from triton_models import contract, loadtest, overhead, parts, repository, requests, serve
 from triton_models.answers import in_batches
 from triton_models.denoiser import Cancelled, Denoiser, Job
 
@@ -144,6 +146,7 @@ def test_requests_join_each_others_steps_and_never_mix():
     assert together and any(a != b for a, b in together), velocity.batches  # at different steps
     assert sum(len(batch) for batch in velocity.batches) == 4 + 2 + 3 + 4
     assert all(batches <= 2 for job, _ in jobs for batches in job.batches)
+    assert all(job.queue_s > 0 for job, _ in jobs)  # all waited for the gate
 
 
 def test_one_step_gives_the_velocity():
@@ -181,24 +184,92 @@ def test_the_contract_page_is_that_of_the_configs():
         text = (ROOT / "triton_models" / name / "config.pbtxt").read_text()
         for side in ("input", "output"):
             named = {found[0] for found in contract.tensors(text, side)}
-            assert named <= contract.MEANING.keys() | {"height", "width"} | set(
-                ("num_inference_steps", "guidance_scale", "num_images_per_prompt")
-            ), named
+            assert named <= contract.MEANING.keys(), named
+
+
+def _pins(lines: list[str]) -> dict[str, str]:
+    words = (line.split("#")[0].strip() for line in lines)
+    return dict(line.split("==") for line in words if line)
 
 
 def test_the_servers_environment_is_the_scripts_but_for_numpy():
-    def pins(file) -> dict[str, str]:
-        lines = (line.split("#")[0].strip() for line in file.read_text().splitlines())
-        return dict(line.split("==") for line in lines if line)
-
-    ours = pins(ROOT / "requirements.txt")
-    server = pins(ROOT / "triton_models" / "requirements.txt")
+    ours = _pins((ROOT / "requirements.txt").read_text().splitlines())
+    server = _pins((repository.HERE / "requirements.txt").read_text().splitlines())
     assert {name: server.get(name) for name in ours} == ours | {"numpy": "1.26.4"}
+
+
+@pytest.mark.parametrize("model", parts.MODELS)
+def test_uv_runs_a_model_with_the_scripts_packages(model):
+    """The header that `uv run` reads."""
+    lines = (repository.HERE / model / "1" / "model.py").read_text().splitlines()
+    header = [line.removeprefix("# ") for line in lines[1 : lines.index("# ///")]]
+    found = tomllib.loads("\n".join(header))
+    ours = _pins((ROOT / "requirements.txt").read_text().splitlines())
+    pins = _pins(found["dependencies"])
+    assert lines[0] == "# /// script" and found["requires-python"] == ">=3.11"
+    assert {"torch", "diffusers", "transformers"} <= pins.keys() and pins.items() <= ours.items()
+
+
+def test_what_an_environment_lacks_is_seen(tmp_path):
+    packages = tmp_path / "lib" / repository.VERSION / "site-packages"
+    lacking = repository.missing(tmp_path)
+    for name, version in (("numpy", "1.26.4"), ("torch", "2.13.0+cpu"), ("diffusers", "0.1")):
+        (packages / f"{name}-{version}.dist-info").mkdir(parents=True)
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(text)
+    still = repository.missing(tmp_path)
+    assert set(lacking) - set(still) == {"numpy==1.26.4", "torch==2.13.0"}
+    assert any(line.startswith("diffusers==") for line in still)
+
+
+def test_a_wrong_command_is_refused_before_anything_slow(tmp_path):
+    def problems(*flags: str) -> str:
+        return "\n".join(serve.problems_of(serve.parse_args(list(flags))[0]))
+
+    found = problems("--threads", "0", "--max-in-flight", "0", "--http-port", "70000")
+    assert "--threads 0: expected 1 or more" in found and "--http-port 70000: cannot" in found
+    assert "--max-in-flight 0: expected 1 or more" in found
+    assert "exists already" in problems("--write-repository", str(tmp_path))
+    assert "does not exist" in problems("--write-repository", str(tmp_path / "no" / "models"))
+    (tmp_path / "lib" / "python3.9").mkdir(parents=True)
+    assert "found python3.9, expected" in problems("--env", str(tmp_path))
+    wrong = loadtest.parse_args(["--rate", "0", "--sizes", "128"])
+    assert loadtest.problems_of(wrong) == [
+        "--rate 0: expected more than 0",
+        "--sizes 128: expected such as 128x128,96x64",
+    ]
+
+
+def test_overhead_is_told_apart_from_drift():
+    """Costs of 1 ms a step and 20 ms an image; a host that slows down, a slower forward there."""
+    found = np.zeros((5, 2, 2, 2))
+    for number, drift in enumerate((1.0, 1.5, 2.0, 2.5, 3.0)):
+        for at, steps in enumerate((4, 28)):
+            here, there = drift * 0.05 * steps, 1.1 * drift * 0.05 * steps
+            found[number, 0, at] = there + 0.1 + 0.02 + 0.001 * steps, there
+            found[number, 1, at] = here + 0.1, here
+    row = overhead.summary(found, [4, 28])
+    assert row["overhead_per_step_s"] == pytest.approx(0.001)
+    assert row["overhead_per_image_s"] == pytest.approx(0.02)
+    assert row["overhead_of_many_steps_s"] == pytest.approx(0.048)
+    assert row["step_in_process_s"] == pytest.approx(0.1) and row["rounds"] == 5
+    assert row["clocks_difference_per_step_s"] == pytest.approx(0.011)
+    low, high = row["step_in_process_s_95"]
+    assert 0.05 - 1e-9 <= low < 0.1 < high <= 0.15 + 1e-9
+    found[:, 0, :, 0] += 0.001 * np.array([4, 28])
+    assert not overhead.summary(found, [4, 28])["step_goal_met"]
+
+
+def test_http_parameters_are_fields_that_nobody_knows():
+    requests.refuse_parameters('{"triton_enable_empty_final_response": true}')
+    requests.refuse_parameters("")
+    with pytest.raises(ValueError, match="lora: unknown field"):
+        requests.refuse_parameters('{"lora": "x"}')
 
 
 def test_the_repository_carries_the_commands_flags(tmp_path):
     args, flags = serve.parse_args(["--ckpt", "tiny-dev", "--disable_bf16", "--batch-sizes", "1,2"])
-    serve.write_repository(tmp_path, args, flags)
+    repository.write_repository(tmp_path, args, flags)
     text = (tmp_path / "dit_transformer" / "config.pbtxt").read_text()
     assert '"--ckpt tiny-dev --disable_bf16"' in text and 'string_value: "1,2"' in text
     assert "max_batch_size: 2" in text and "BF16" not in text

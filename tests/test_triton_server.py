@@ -7,18 +7,16 @@ import os
 import signal
 import threading
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.triton_server import ENV, Served
+from tests.triton_server import NEEDS_ENV, Served
 
-pytestmark = pytest.mark.skipif(
-    not (ENV / "bin" / "python3").exists(),
-    reason="no .venv-triton: python -m triton_models.serve makes it",
-)
+pytestmark = NEEDS_ENV
 MAX_IN_FLIGHT = 16
 TEXT = 32  # tokens: the rest of 512 would be padding, and time
 CALLS = [  # prompt, height, width, steps, guidance: two sizes with the same number of tokens
@@ -127,6 +125,9 @@ def test_raw_pixels(client, expected):
         ({"num_inference_steps": 0}, "num_inference_steps: found 0"),
         ({"guidance_scale": -1.0}, "guidance_scale: found -1"),
         ({"seed": -5}, "seed: found -5"),
+        ({"prompt": "a" * 9000}, "prompt 0: found 9000 characters, expected at most 8192"),
+        ({"height": 4096, "width": 4096}, "found 4096x4096 pixels, expected at most 4194304"),
+        ({"num_images_per_prompt": 9}, "num_images_per_prompt: found 9, expected 1 to 8"),
     ],
 )
 def test_a_wrong_field_is_an_invalid_argument(client, fields, words):
@@ -144,6 +145,38 @@ def test_an_unknown_field_is_refused_by_triton(client):
     unknown.set_data_from_numpy(np.array([b"/etc/passwd"], dtype=np.object_))
     with pytest.raises(ServerError, match="unexpected inference input 'lora_path'"):
         list(client.responses([*client.inputs(_fields(0)), unknown]))
+
+
+def test_an_unknown_field_of_plain_http_is_refused(served):
+    """Triton makes a parameter of it, which a model may overlook."""
+    body = json.dumps({"prompt": ["a"], "negative_prompt": "b"}).encode()
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        served.post("/v2/models/bls_orchestrator/generate", body)
+    assert caught.value.code == 400
+    assert "INVALID_ARGUMENT: negative_prompt: unknown field" in caught.value.read().decode()
+
+
+def test_models_called_directly_have_bounds_too(client):
+    from tritonclient.utils import InferenceServerException
+
+    texts = client.grpc.InferInput("prompt", [1, 1], "BYTES")
+    texts.set_data_from_numpy(np.array([[b"a"]], dtype=np.object_))
+    length = client.grpc.InferInput("max_sequence_length", [1, 1], "INT32")
+    length.set_data_from_numpy(np.array([[10**9]], dtype=np.int32))
+    with pytest.raises(InferenceServerException, match="found 1000000000, expected at most 512"):
+        client.connection.infer("t5_encoder", [texts, length])
+
+
+def test_only_the_one_who_started_it_loads_models(served, client):
+    """A load request may carry a model's code."""
+    from tritonclient.utils import InferenceServerException
+
+    with pytest.raises(InferenceServerException, match="restricted"):
+        client.load("t5_encoder")
+    for path in ("repository/models/t5_encoder/load", "systemsharedmemory/region/a/register"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            served.post(f"/v2/{path}", b"{}")
+        assert caught.value.code == 403
 
 
 def test_two_hundred_requests_of_twelve_clients(served, expected):
@@ -176,6 +209,11 @@ def test_two_hundred_requests_of_twelve_clients(served, expected):
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert not wrong and grown['flux_requests_total{outcome="ok"}'] == 200
     assert grown["flux_images_total"] == 200
+    assert grown["flux_steps_total"] == sum(_fields(n)["num_inference_steps"] for n in range(200))
+    stages = ("prompt_encoding", "denoising", "decoding", "postprocessing")
+    assert all(grown[f'flux_stage_seconds_total{{stage="{stage}"}}'] > 0 for stage in stages)
+    # twelve clients, one transformer: most of the time is waiting
+    assert grown["flux_queue_seconds_total"] > grown["flux_forward_seconds_total"] > 0
     assert grown["flux_batch_rows_sum"] / grown["flux_batch_rows_count"] > 1.2
 
 

@@ -10,10 +10,16 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from triton_models.parts import ROOT
 
 ENV = ROOT / ".venv-triton"
 READY_S = 600
+NEEDS_ENV = pytest.mark.skipif(
+    not (ENV / "bin" / "python3").exists(),
+    reason="no .venv-triton: python -m triton_models.serve makes it",
+)
 
 
 def free_ports(count: int) -> list[int]:
@@ -28,8 +34,9 @@ def free_ports(count: int) -> list[int]:
 class Served:
     """A running `python -m triton_models.serve`."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.http, self.grpc, self.metrics = free_ports(3)
+    def __init__(self, folder: Path, *flags: str, metrics: int | None = None) -> None:
+        self.http, self.grpc, free = free_ports(3)
+        self.metrics = metrics or free
         self.words, self.log = folder / "words.txt", folder / "server.log"
         ports = f"--http-port {self.http} --grpc-port {self.grpc} --metrics-port {self.metrics}"
         command = [sys.executable, "-m", "triton_models.serve", *ports.split()]

@@ -8,6 +8,7 @@ others get their answers.
 from collections.abc import Callable, Iterable
 
 from triton_models.parts import Inputs, failure, outgoing
+from triton_models.requests import MAX_PROMPT_CHARACTERS, MAX_SEQUENCE_LENGTH
 
 
 def in_batches(rows: list[int], sizes: Iterable[int]) -> list[list[int]]:
@@ -70,7 +71,17 @@ def answer_texts(requests: list, output: str, encode: Callable, sizes: Iterable[
         return [{output: part} for part in rows.split([len(some) for some in prompts])]
 
     def kind_of(inputs: Inputs) -> tuple:
-        prompts_of(inputs)  # here an encoding error is that request's own
-        return (inputs.value("max_sequence_length", 0),)
+        for prompt in prompts_of(inputs):  # here an encoding error is that request's own
+            if len(prompt) > MAX_PROMPT_CHARACTERS:
+                raise ValueError(
+                    f"prompt: found {len(prompt)} characters, expected at most "
+                    f"{MAX_PROMPT_CHARACTERS}"
+                )
+        length = inputs.value("max_sequence_length", 0)
+        if not 0 <= length <= MAX_SEQUENCE_LENGTH:
+            raise ValueError(
+                f"max_sequence_length: found {length}, expected at most {MAX_SEQUENCE_LENGTH}"
+            )
+        return (length,)
 
     return answer(requests, kind_of, lambda inputs: len(inputs.values("prompt")), work, sizes)

@@ -7,6 +7,8 @@ import torch
 
 from triton_models.parts import outgoing
 
+DECOUPLED = ("dit_transformer", "bls_orchestrator")  # may answer more than once
+
 
 def text(words: str) -> np.ndarray:
     """Give a string as a model with a batch dimension takes it."""
@@ -23,7 +25,7 @@ def tensors_of(values: dict) -> list:
     ]
 
 
-def responses(model: str, inputs: dict, outputs: list[str], decoupled: bool) -> Iterator[dict]:
+def responses(model: str, inputs: dict, outputs: list[str]) -> Iterator[dict]:
     """Call a model and give each of its answers, output name -> Triton tensor.
 
     Raises: RuntimeError with the model's own words.
@@ -33,7 +35,7 @@ def responses(model: str, inputs: dict, outputs: list[str], decoupled: bool) -> 
     request = pb_utils.InferenceRequest(
         model_name=model, requested_output_names=outputs, inputs=tensors_of(inputs)
     )
-    for response in request.exec(decoupled=True) if decoupled else [request.exec()]:
+    for response in request.exec(decoupled=True) if model in DECOUPLED else [request.exec()]:
         if response.has_error():
             raise RuntimeError(f"{model}: {response.error().message()}")
         found = {tensor.name(): tensor for tensor in response.output_tensors()}
@@ -46,8 +48,7 @@ def call(model: str, inputs: dict, output: str) -> torch.Tensor:
 
     Raises: RuntimeError with the model's own words, or if it answers without that output.
     """
-    decoupled = model == "dit_transformer"
-    for found in responses(model, inputs, [output], decoupled):
+    for found in responses(model, inputs, [output]):
         if output in found:
             return torch.from_dlpack(found[output].to_dlpack())
     raise RuntimeError(f"{model}: answered without {output}")
@@ -56,5 +57,5 @@ def call(model: str, inputs: dict, output: str) -> torch.Tensor:
 def cancel(job: str) -> None:
     """Stop a denoising job; nothing happens if it has ended."""
     inputs = {"job": text(job), "cancel": torch.tensor([[True]])}
-    for _ in responses("dit_transformer", inputs, ["step"], decoupled=True):
+    for _ in responses("dit_transformer", inputs, ["step"]):
         pass

@@ -4,6 +4,7 @@ Over a gRPC stream, so that progress can come before the image. `Client` is the 
 """
 
 import argparse
+import contextlib
 import io
 import queue
 import re
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from utils.errors import UserError, run_script
 
 ORCHESTRATOR, HEALTH = "bls_orchestrator", "deep_health"
 TYPES = {  # request field -> Triton's type and numpy's
@@ -43,12 +46,15 @@ class ServerError(Exception):
 
 
 class Client:
-    """One connection. Use it with `with`: an open one holds a server's shutdown."""
+    """One connection. Use it with `with`: an open one holds a server's shutdown.
 
-    def __init__(self, port: int = 8001, host: str = "127.0.0.1") -> None:
+    `key` is what `serve` wants for loading and unloading.
+    """
+
+    def __init__(self, port: int = 8001, host: str = "127.0.0.1", key: str = "") -> None:
         import tritonclient.grpc as grpc
 
-        self.grpc = grpc
+        self.grpc, self.key = grpc, key
         self.connection = grpc.InferenceServerClient(f"{host}:{port}")
 
     def __enter__(self) -> "Client":
@@ -62,16 +68,28 @@ class Client:
         return self.connection.is_server_ready()
 
     def unhealthy(self, timeout_s: float = 120.0) -> dict[str, str]:
-        """Ask the deep health model: model -> what is wrong with it."""
-        found = self.connection.infer(HEALTH, [], client_timeout=timeout_s)
+        """Ask the deep health model: model -> what is wrong with it; itself, if it fails."""
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            found = self.connection.infer(HEALTH, [], client_timeout=timeout_s)
+        except InferenceServerException as error:
+            return {HEALTH: error.message()}
         columns = [found.as_numpy(name).tolist() for name in ("models", "words")]
         pairs = zip(*columns, strict=True)
         return {name.decode(): words.decode() for name, words in pairs if words}
 
+    def load(self, model: str) -> None:
+        """Load a model of the server's repository; takes the key."""
+        self.connection.load_model(model, headers=self._headers())
+
     def reload(self, model: str) -> None:
         """Unload and load a model: the one way to bring back a stub that died."""
-        self.connection.unload_model(model)
-        self.connection.load_model(model)
+        self.connection.unload_model(model, headers=self._headers())
+        self.load(model)
+
+    def _headers(self) -> dict[str, str]:
+        return {"triton-grpc-protocol-admin-key": self.key} if self.key else {}
 
     def inputs(self, fields: dict) -> list:
         """Turn request fields into Triton's inputs.
@@ -93,13 +111,16 @@ class Client:
 
         Raises: ServerError for what the server refuses.
         """
+        from tritonclient.utils import InferenceServerException
+
         answers: queue.SimpleQueue = queue.SimpleQueue()
         self.connection.start_stream(lambda result, error: answers.put((result, error)))
         ended = False
         try:
-            self.connection.async_stream_infer(
-                ORCHESTRATOR, inputs, enable_empty_final_response=True
-            )
+            with contextlib.suppress(InferenceServerException):  # the answer below has the reason
+                self.connection.async_stream_infer(
+                    ORCHESTRATOR, inputs, enable_empty_final_response=True
+                )
             while not ended:
                 result, error = answers.get(timeout=timeout_s)
                 if error is not None:
@@ -136,7 +157,10 @@ class Client:
 
 
 def main() -> None:
-    """Ask once and write what comes."""
+    """Ask once and write what comes.
+
+    Raises: UserError for what the server refuses, or if there is none.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--prompt", action="append", required=True)
     for name in ("height", "width", "num_inference_steps", "seed", "max_sequence_length"):
@@ -148,6 +172,8 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001)
     args = vars(parser.parse_args())
     target, host, port = (args.pop(name) for name in ("output_file", "host", "grpc_port"))
+    if target.is_dir() or not target.parent.is_dir() or target.suffix.lower() != ".png":
+        raise UserError(f"--output-file {target}: expected a name ending in .png in a folder")
     fields = {name: value for name, value in args.items() if value is not None}
     shown = sys.stdout.isatty()
 
@@ -159,7 +185,7 @@ def main() -> None:
         with Client(port, host) as client:
             images = client.generate(on_step=on_step, **fields)
     except ServerError as error:
-        sys.exit(f"error: {error.code}: {error}")
+        raise UserError(f"{error.code}: {error}" if error.code else str(error)) from None
     for k, image in enumerate(images):
         path = target if len(images) == 1 else target.with_stem(f"{target.stem}_{k}")
         image.save(path)
@@ -167,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

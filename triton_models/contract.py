@@ -9,15 +9,23 @@ import re
 from pathlib import Path
 
 from triton_models.parts import HEALTH, MODELS, ROOT
-from triton_models.requests import FORMATS, MAX_PROMPT_CHARACTERS, Limits
+from triton_models.requests import FORMATS, MAX_PROMPT_CHARACTERS, MAX_SEQUENCE_LENGTH, Limits
 
 PAGE = ROOT / "docs" / "serving-contract.md"
 TENSOR = re.compile(
     r'\{ name: "(\w+)" data_type: TYPE_(\w+) dims: \[ ([^\]]+?) \]( optional: true)? \}'
 )
+LIMITS = Limits()
 MEANING = {
-    "prompt": "UTF-8 text",
-    "max_sequence_length": "T5 tokens",
+    "height": f"pixels, 16 to {LIMITS.max_pixels // 16}, divisible by 16; height x width at most "
+    f"{LIMITS.max_pixels}",
+    "width": "likewise",
+    "num_inference_steps": f"1 to {LIMITS.max_steps}",
+    "guidance_scale": f"0 to {LIMITS.max_guidance:g}, where the checkpoint has an embedding for it",
+    "num_images_per_prompt": f"1 up; prompts x this at most {LIMITS.max_images}",
+    "prompt": f"UTF-8 text, 1 to {MAX_PROMPT_CHARACTERS} characters, not only blanks; what exceeds "
+    "the encoder's tokens is cut",
+    "max_sequence_length": f"T5 tokens, 1 to {MAX_SEQUENCE_LENGTH}",
     "pooled_prompt_embeds": "CLIP's pooled output, P channels",
     "prompt_embeds": "T5's output, T tokens of D channels",
     "latents": "packed latents, (height/16)(width/16) tokens of 64 channels",
@@ -33,15 +41,49 @@ MEANING = {
     "steps": "steps in all",
     "mean_batch": "rows of the forwards it was part of, mean",
     "forward_s": "seconds in the transformer, by its share of rows",
+    "queue_s": "seconds of waiting for the transformer",
+    "ping": "answer with step 0 at once; nothing else is read (deep_health's)",
     "images": "PNG files, or base64 text of them; of the decoder: pixels, about -1 to 1",
     "pixels": "RGB, with format raw",
-    "seed": "image k has seed + k",
+    "seed": "0 to 2**63 - 1 - max_images; image k has seed + k",
     "format": ", ".join(FORMATS),
     "model": "one to ask; all where it is absent",
     "healthy": "whether it answered",
     "models": "the models' names",
     "words": "what is wrong; empty if nothing",
 }
+
+ERRORS = (  # model, code, when
+    ("bls_orchestrator", "INVALID_ARGUMENT", "a field is wrong or unknown"),
+    (
+        "bls_orchestrator",
+        "UNAVAILABLE",
+        "more than max_in_flight requests, or not done after timeout_s: retry",
+    ),
+    ("bls_orchestrator", "CANCELLED", "the client left; the job stopped at its next step"),
+    ("bls_orchestrator", "INTERNAL", "a model failed: its own words"),
+    (
+        "clip_encoder, t5_encoder",
+        "INVALID_ARGUMENT",
+        "a prompt is no UTF-8, or a bound is exceeded",
+    ),
+    (
+        "dit_transformer",
+        "INVALID_ARGUMENT",
+        "an input is missing or beyond a bound; size no multiple of 16, or of another number of "
+        "tokens than latents; "
+        "guidance for a checkpoint without, or none for one with; N of timestep and step_lengths "
+        "differ, or is not 1 without step_lengths; more rows than the largest batch",
+    ),
+    ("dit_transformer", "CANCELLED", "a request of its `job` with `cancel` came"),
+    (
+        "vae_decoder",
+        "INVALID_ARGUMENT",
+        "size beyond the bound, no multiple of 16, or of another number of tokens than latents",
+    ),
+    ("all four", "INTERNAL", "the forward failed: its own words"),
+    ("all four", "UNAVAILABLE", "the queue is full, or a request waited in it for 60 s"),
+)
 
 
 def tensors(text: str, part: str) -> list[tuple[str, str, str, bool]]:
@@ -72,19 +114,18 @@ def page() -> str:
         text = (ROOT / "triton_models" / name / "config.pbtxt").read_text()
         about = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
         parts += [f"## {name}", about, table(text, "input"), table(text, "output")]
-    limits = {field.name: field.default for field in dataclasses.fields(Limits)}
+    limits = dataclasses.asdict(LIMITS)
     parts += [
         "## Bounds and errors",
         "The orchestrator checks every field before any work and answers INVALID_ARGUMENT with one "
-        "line: what, found, expected. An unknown field is refused by Triton itself, likewise.",
+        "line: what, found, expected. An unknown input is refused by Triton itself (unexpected "
+        "inference input), an unknown field of an HTTP generate request by the orchestrator.",
         "| bound | default (`parameters` of bls_orchestrator) |\n| --- | --- |\n"
-        + "\n".join(f"| {name} | {value:g} |" for name, value in limits.items())
-        + f"\n| characters of a prompt | {MAX_PROMPT_CHARACTERS} (fixed) |",
-        "| code | when |\n| --- | --- |\n"
-        "| INVALID_ARGUMENT | a field is wrong or unknown |\n"
-        "| UNAVAILABLE | more than max_in_flight requests, or not done after timeout_s: retry |\n"
-        "| CANCELLED | the client left; the job stopped at its next step |\n"
-        "| INTERNAL | a model failed: its own words |",
+        + "\n".join(f"| {name} | {value} |" for name, value in limits.items()),
+        "| model | code | when |\n| --- | --- | --- |\n"
+        + "\n".join(f"| {names} | {code} | {when} |" for names, code, when in ERRORS),
+        "The words of an error begin with its code, since a gRPC stream carries no other. Called "
+        "by another model, an error becomes INTERNAL with the same words (Triton's BLS).",
     ]
     return "\n\n".join(parts) + "\n"
 

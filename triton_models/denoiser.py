@@ -45,6 +45,8 @@ class Job:
     step: int = 0
     batches: list[int] = field(default_factory=list)  # rows of each forward it was part of
     forward_s: float = 0.0  # its share of those forwards
+    queue_s: float = 0.0  # while others' forwards ran, or none
+    ready_at: float = field(default_factory=time.perf_counter)  # since when it has waited
 
     @property
     def rows(self) -> int:
@@ -123,6 +125,8 @@ class Denoiser:
             self.jobs.remove(job)
             self.jobs.append(job)
         clock = time.perf_counter()
+        for job in jobs:
+            job.queue_s += clock - job.ready_at
         try:
             velocity = self._velocity(jobs)
         except Exception as error:  # a failed forward fails its jobs, not the server
@@ -139,6 +143,7 @@ class Denoiser:
                 length = job.lengths[:, job.step, None, None]
                 job.latents = (job.latents.float() + _times(length, own)).to(own.dtype)
             job.step += 1
+            job.ready_at = time.perf_counter()
             if job.step == job.timesteps.shape[1]:
                 self._end(job, None)
             else:

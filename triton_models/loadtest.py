@@ -2,22 +2,21 @@
 
 Closed load: `--clients N` ask again as soon as they are answered. Open load: `--rate R` requests a
 second, whether or not the last ones were answered, so that queueing shows. Latencies are the
-client's. Batches, stages and refusals are differences of the server's own metrics. `--baseline`
-makes the same pictures in this process afterwards and gives the server's overhead for each image
-and step. JSON last.
+client's. Batches, stages and waiting are differences of the server's own metrics. What serving
+costs beside the pipeline in one process, triton_models/overhead.py measures. JSON last.
 """
 
 import argparse
 import json
 import queue
 import re
-import statistics
 import threading
 import time
 import urllib.request
 from dataclasses import dataclass, field
 
 from triton_models.client import Client, ServerError
+from utils.errors import UserError, run_script
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "yellow", "white")
@@ -42,8 +41,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--baseline", metavar="CKPT", help="compare with this process's pipeline")
     return parser.parse_args(argv)
+
+
+def problems_of(args: argparse.Namespace) -> list[str]:
+    """Look at the flags before anything is sent."""
+    problems = [
+        f"--{name} {value:g}: expected more than 0"
+        for name in ("requests", "clients", "rate", "num_inference_steps")
+        if (value := getattr(args, name)) is not None and not value > 0
+    ]
+    if args.sizes and not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", args.sizes):
+        problems.append(f"--sizes {args.sizes}: expected such as 128x128,96x64")
+    return problems
 
 
 def request(number: int, args: argparse.Namespace) -> dict:
@@ -60,9 +70,15 @@ def request(number: int, args: argparse.Namespace) -> dict:
 
 
 def read_metrics(port: int) -> dict[str, float]:
-    """Read the counters of the orchestrator."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    """Read the counters of the orchestrator.
+
+    Raises: UserError if no server answers there.
+    """
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--metrics-port {port}: no server answers there ({error})") from None
     pairs = (re.fullmatch(r"(flux_\S+) (\S+)", line) for line in lines)
     return {found[1]: float(found[2]) for found in pairs if found}
 
@@ -87,7 +103,7 @@ def run(args: argparse.Namespace) -> tuple[Outcome, float]:
                 try:
                     images, error = len(client.generate(**fields)), None
                 except ServerError as found:
-                    images, error = 0, found.code
+                    images, error = 0, found.code or str(found)
                 with lock:
                     outcome.images += images
                     if error is None:
@@ -109,29 +125,20 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}_s": ranked[min(len(ranked) - 1, len(ranked) * p // 100)] for p in (50, 90, 99)}
 
 
-def baseline(args: argparse.Namespace) -> float:
-    """Make the first requests' pictures in this process. Returns: median seconds of one"""
-    from triton_models.parts import settings
-    from utils.pipeline_utils import generate, load_pipeline, optimize
-
-    run_args = settings(["--ckpt", args.baseline])
-    pipeline = optimize(load_pipeline(run_args), run_args)
-    seconds = []
-    for number in range(min(args.requests, 20) + 2):
-        fields = request(number, args)
-        run_args.prompt, run_args.seed = [fields["prompt"]], fields["seed"]
-        run_args.width = fields.get("width", run_args.width)
-        run_args.height = fields.get("height", run_args.height)
-        run_args.num_inference_steps = args.num_inference_steps or run_args.num_inference_steps
-        begun = time.perf_counter()
-        generate(pipeline, run_args)
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[2:])
+def batch_rows(grown: dict[str, float]) -> dict[str, int]:
+    """Count images by the mean rows of their forwards, from a histogram's cumulative buckets."""
+    counts, below = {}, 0.0
+    for name, count in grown.items():
+        if found := re.fullmatch(r'flux_batch_rows_bucket\{le="(.+)"\}', name):
+            counts[f"<= {found[1]}"], below = int(count - below), count
+    return counts
 
 
 def main() -> None:
     """Load, measure, report."""
     args = parse_args()
+    if problems := problems_of(args):
+        raise UserError("\n".join(problems))
     before = read_metrics(args.metrics_port)
     outcome, took_s = run(args)
     after = read_metrics(args.metrics_port)
@@ -141,7 +148,7 @@ def main() -> None:
         for name, seconds in grown.items()
         if name.startswith("flux_stage_seconds_total") and seconds
     }
-    inside, steps = sum(stages.values()), grown["flux_steps_total"]
+    inside, steps = sum(stages.values()), max(1.0, grown["flux_steps_total"])
     row = {
         "requests": args.requests,
         "clients": args.clients,
@@ -150,21 +157,18 @@ def main() -> None:
         "errors": outcome.errors,
         "images_per_s": outcome.images / took_s,
         "mean_batch_rows": grown["flux_batch_rows_sum"] / max(1.0, grown["flux_batch_rows_count"]),
+        "images_by_batch_rows": batch_rows(grown),
         "stage_seconds": stages,
+        "queue_seconds": grown["flux_queue_seconds_total"],
         "outside_share": 1 - inside / sum(outcome.seconds) if outcome.seconds else None,
-        "forward_seconds_per_step": grown["flux_forward_seconds_total"] / max(1.0, steps),
+        "forward_seconds_per_step": grown["flux_forward_seconds_total"] / steps,
     }
     if outcome.seconds:
         row |= percentiles(outcome.seconds)
-    if args.baseline:
-        row["in_process_s"] = baseline(args)
-        row["overhead_per_image_s"] = row["p50_s"] - row["in_process_s"]
-        images = grown["flux_images_total"]
-        row["overhead_per_step_s"] = row["overhead_per_image_s"] / (steps / images)
     for name, value in row.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     print(json.dumps(row))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

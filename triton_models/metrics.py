@@ -21,7 +21,8 @@ class Metrics:
             "flux_images_total": "Images answered",
             "flux_steps_total": "Denoising steps taken, one for each image",
             "flux_forward_seconds_total": "Seconds in the transformer's forward, by share of rows",
-            "flux_queue_seconds_total": "Seconds between arrival and the first model's call",
+            "flux_queue_seconds_total": "Seconds in which a request waited for its turn: for a "
+            "thread, and each image for the transformer's forwards",
         }
         self._families = {n: family(n, text, "COUNTER") for n, text in counters.items()}
         self._plain = {n: f.Metric(labels={}) for n, f in self._families.items()}
@@ -45,7 +46,7 @@ class Metrics:
             self._of(self._requests, outcome=outcome).increment(1)
 
     def waited(self, seconds: float) -> None:
-        """Count the seconds before a request's first call."""
+        """Count seconds of waiting before a request's first call."""
         with self._lock:
             self._plain["flux_queue_seconds_total"].increment(seconds)
 
@@ -54,11 +55,12 @@ class Metrics:
         with self._lock:
             self._plain["flux_images_total"].increment(count)
 
-    def denoised(self, steps: int, mean_batch: float, forward_s: float) -> None:
-        """Count one image's steps, the batches that they were part of, and their time."""
+    def denoised(self, steps: int, mean_batch: float, forward_s: float, queue_s: float) -> None:
+        """Count one image's steps, the batches that they were part of, their time and waiting."""
         with self._lock:
             self._plain["flux_steps_total"].increment(steps)
             self._plain["flux_forward_seconds_total"].increment(forward_s)
+            self._plain["flux_queue_seconds_total"].increment(queue_s)
             self._batch.observe(mean_batch)
 
     @contextmanager

@@ -3,9 +3,11 @@
 The orchestrator answers a violation with INVALID_ARGUMENT and one line: what, found, expected.
 """
 
+import json
 from dataclasses import dataclass
 
 MAX_PROMPT_CHARACTERS = 8192  # far beyond 512 tokens of any language
+MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's
 FORMATS = ("png", "base64", "raw")
 
 
@@ -48,6 +50,28 @@ class Wanted:
     def prompt_of(self, image: int) -> int:
         """Say which prompt image k shows: FluxPipeline puts a prompt's images side by side."""
         return image // self.images_per_prompt
+
+
+def size_problem(tokens: int, height: int, width: int) -> str:
+    """Say why latents of so many tokens are none of a picture of this size; "" if they are."""
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        return f"size: found {height}x{width}, expected multiples of 16"
+    if height * width > Limits.max_pixels:
+        return f"size: found {height}x{width}, expected at most {Limits.max_pixels} pixels"
+    expected = (height // 16) * (width // 16)
+    if tokens != expected:
+        return f"latents: found {tokens} tokens, expected {expected} of {height}x{width}"
+    return ""
+
+
+def refuse_parameters(parameters: str) -> None:
+    """Refuse what is no input: Triton's HTTP endpoint turns unknown JSON fields into parameters.
+
+    Raises: ValueError in one line.
+    """
+    unknown = [name for name in json.loads(parameters or "{}") if not name.startswith("triton_")]
+    if unknown:
+        raise ValueError(f"{unknown[0][:40]}: unknown field; the contract page names all")
 
 
 def read(inputs, args, limits: Limits) -> Wanted:
@@ -114,7 +138,7 @@ def read(inputs, args, limits: Limits) -> Wanted:
         number("num_inference_steps", args.num_inference_steps, 1, limits.max_steps),
         guidance,
         number("seed", 0, 0, 2**63 - 1 - limits.max_images),
-        number("max_sequence_length", args.max_sequence_length, 1, 512),
+        number("max_sequence_length", args.max_sequence_length, 1, MAX_SEQUENCE_LENGTH),
         per_prompt,
         name,
         bool(inputs.value("progress", False)),

@@ -3,27 +3,39 @@
 Makes the server's environment if it is missing (--env, own requirements), writes a model repository
 from the folders here with the flags of this command, waits until every model computes, prints a
 request to try, and watches: a model whose process died is loaded again. Ctrl-C stops it and leaves
-nothing behind. Loopback addresses and explicit model control, always; flags that this command does
-not know go to every model (--ckpt, --compile_export_mode, ... as for gen_image.py).
+nothing behind. Loopback addresses, always; loading models, which can carry code, takes a key that
+only this process has. Flags that this command does not know go to every model (--ckpt,
+--compile_export_mode, ... as for gen_image.py).
 """
 
 import argparse
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
+from triton_models import repository
 from triton_models.parts import HEALTH, MODELS, ROOT
 
-HERE = Path(__file__).resolve().parent
 STOP_S = 30
+KEY_NAME = "admin-key"  # over gRPC: triton-grpc-protocol-admin-key
+# what changes the server or names files and memory: never a client's
+RESTRICTED = "model-repository,shared-memory,trace,logging"
+# glibc gives a thread's memory back after every layer and faults it in again, 2,000 to 4,700 times:
+# 5 ms of a denoising step of 55 ms on a CPU (results/serving.md); these settings keep it
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -43,84 +55,59 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         "--log", type=Path, help="the server's own words (default: a temporary file)"
     )
     parser.add_argument("--watch", type=float, default=10.0, help="seconds between checks")
+    parser.add_argument(
+        "--write-repository",
+        type=Path,
+        metavar="FOLDER",
+        help="write the model repository for a tritonserver of your own, and stop",
+    )
     return parser.parse_known_args(argv)
 
 
 def problems_of(args: argparse.Namespace) -> list[str]:
     """Look at everything that would fail later, before anything slow."""
     problems = []
+    for flag, value, least in (
+        ("--max-in-flight", args.max_in_flight, 1),
+        ("--threads", args.threads, 1),
+        ("--timeout", args.timeout, 1),
+        ("--watch", args.watch, 0.1),
+    ):
+        if not value >= least:
+            problems.append(f"{flag} {value}: expected {least} or more")
+    sizes = args.batch_sizes.split(",")
+    if not all(size.isdigit() and int(size) > 0 for size in sizes) or "1" not in sizes:
+        problems.append(f"--batch-sizes {args.batch_sizes}: expected numbers, 1 among them")
+    if args.write_repository is not None:
+        folder = args.write_repository
+        if folder.exists():
+            problems.append(f"--write-repository {folder}: exists already")
+        elif not folder.parent.is_dir():
+            problems.append(
+                f"--write-repository {folder}: the folder {folder.parent} does not exist"
+            )
+        return problems
+    if repository.VERSION not in repository.STUBS:
+        problems.append(
+            f"found {repository.VERSION}, expected one of {', '.join(repository.STUBS)}: Triton's "
+            "Python stub is built for each"
+        )
+    made_by = sorted(path.name for path in args.env.glob("lib/python3*"))
+    if made_by and repository.VERSION not in made_by:
+        problems.append(f"--env {args.env}: found {made_by[0]}, expected {repository.VERSION}")
+    if args.log and not args.log.parent.is_dir():
+        problems.append(f"--log {args.log}: the folder {args.log.parent} does not exist")
     ports = {"--http-port": args.http_port, "--grpc-port": args.grpc_port}
     for flag, port in (ports | {"--metrics-port": args.metrics_port}).items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                problems.append(f"{flag} {port}: cannot be used ({error.strerror})")
-    sizes = args.batch_sizes.split(",")
-    if not all(size.isdigit() and int(size) > 0 for size in sizes) or "1" not in sizes:
-        problems.append(f"--batch-sizes {args.batch_sizes}: expected numbers, 1 among them")
-    return problems
-
-
-def environment(env: Path) -> Path:
-    """Give the interpreter of the server's environment; install it if it is missing."""
-    python = env / "bin" / "python3"
-    if not python.exists():
-        print(f"making {env} (once, some minutes)", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
-        requirements = str(HERE / "requirements.txt")
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", requirements], check=True)
-    return python
-
-
-def write_repository(folder: Path, args: argparse.Namespace, flags: list[str]) -> None:
-    """Write the model repository: the configs with this command's parameters, the code by link."""
-    import shlex
-
-    from utils.benchmark_utils import create_parser
-
-    dtype = "FP32" if create_parser().parse_args(flags).disable_bf16 else "BF16"
-    values = {
-        "flags": shlex.join(flags),
-        "batch_sizes": args.batch_sizes,
-        "max_in_flight": str(args.max_in_flight),
-        "threads": str(args.threads),
-    }
-    largest = max(int(size) for size in args.batch_sizes.split(","))
-    for name in (*MODELS, HEALTH):
-        lines = (HERE / name / "config.pbtxt").read_text().splitlines()
-        for at, line in enumerate(lines):
-            key = line.split('"')[1] if line.startswith("parameters") else ""
-            if key in values:
-                lines[at] = (
-                    f'parameters {{ key: "{key}" value {{ string_value: "{values[key]}" }} }}'
+            except (OSError, OverflowError) as error:
+                problems.append(
+                    f"{flag} {port}: cannot be used ({getattr(error, 'strerror', error)})"
                 )
-            if line.startswith("max_batch_size:") and not line.endswith(" 0"):
-                lines[at] = f"max_batch_size: {largest}"
-        (folder / name).mkdir()
-        text = "\n".join(lines).replace("TYPE_BF16", f"TYPE_{dtype}") + "\n"
-        (folder / name / "config.pbtxt").write_text(text)
-        (folder / name / "1").symlink_to(HERE / name / "1")
-
-
-def write_backend(folder: Path, python: Path) -> Path:
-    """Put the Python backend's three files together, as the server wants them.
-
-    Returns: the wheel's tritonserver folder
-    """
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages = python.parent.parent / "lib" / version / "site-packages"
-    server = packages / "pytriton" / "tritonserver"
-    (folder / "python").mkdir()
-    stubs = server / "python_backend_stubs" / version.removeprefix("python")
-    for file in (
-        server / "backends" / "python" / "libtriton_python.so",
-        server / "backends" / "python" / "triton_python_backend_utils.py",
-        stubs / "triton_python_backend_stub",
-    ):
-        shutil.copy(file, folder / "python")
-    return server
+    return problems
 
 
 class Server:
@@ -128,24 +115,24 @@ class Server:
 
     def __init__(self, args: argparse.Namespace, flags: list[str]) -> None:
         self.args, self.flags = args, flags
-        self.region = f"flux-{os.getpid()}-"
+        self.region, self.key = f"flux-{os.getpid()}-", secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="flux-triton-"))
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Write what the server needs and start it."""
         args = self.args
-        python = environment(args.env)
-        for name in ("models", "backends"):
-            (self.folder / name).mkdir()
-        write_repository(self.folder / "models", args, self.flags)
-        server = write_backend(self.folder / "backends", python)
+        python = repository.environment(args.env)
+        repository.write_repository(self.folder / "models", args, self.flags)
+        server = repository.write_backend(self.folder / "backends", args.env)
         libraries = server.parent.parent / "nvidia_pytriton.libs"
         env = os.environ | {
             "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub takes its prefix from here
             "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{libraries}",
             "PYTHONUNBUFFERED": "1",
+            "LC_ALL": "C.UTF-8",  # an embedded Python reads files as ASCII without: Inductor's
             "OMP_NUM_THREADS": str(args.threads),  # torch's own setting holds for one thread only
+            **KEEP_MEMORY,
         }
         loads = [f"--load-model={name}" for name in (*MODELS, HEALTH)]
         command = [
@@ -153,6 +140,8 @@ class Server:
             f"--model-repository={self.folder / 'models'}",
             f"--backend-directory={self.folder / 'backends'}",
             f"--backend-config=python,shm-region-prefix-name={self.region}",
+            # 30 s by default: a stub on a busy machine needs longer, and the whole server aborts
+            f"--backend-config=python,stub-timeout-seconds={args.timeout:.0f}",
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
             *loads,
@@ -160,6 +149,8 @@ class Server:
             f"--http-port={args.http_port}",
             f"--grpc-port={args.grpc_port}",
             f"--metrics-port={args.metrics_port}",
+            f"--http-restricted-api={RESTRICTED}:{KEY_NAME}={self.key}",
+            f"--grpc-restricted-protocol={RESTRICTED}:{KEY_NAME}={self.key}",
             "--exit-timeout-secs=10",
         ]
         self.log = args.log or self.folder / "server.log"
@@ -191,15 +182,19 @@ class Server:
 
     def heal(self) -> list[str]:
         """Load again what does not compute; say what was done."""
+        from tritonclient.utils import InferenceServerException
+
         from triton_models.client import Client
 
         done = []
-        with Client(self.args.grpc_port) as client:
+        with Client(self.args.grpc_port, key=self.key) as client:
             for name, words in client.unhealthy().items():
-                client.reload(name)
-                done.append(
-                    f"{words}; loaded again" if name in words else f"{name}: {words}; loaded again"
-                )
+                try:
+                    client.reload(name)
+                    outcome = "loaded again"
+                except InferenceServerException as error:  # tried again at the next check
+                    outcome = f"cannot be loaded again: {error.message()}"
+                done.append(f"{'' if name in words else f'{name}: '}{words}; {outcome}")
         return done
 
     def stop(self) -> None:
@@ -229,6 +224,12 @@ def main() -> None:
     settings(flags)  # refuses what a model would refuse, here and now
     for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
         signal.signal(stop, signal.default_int_handler)
+    if args.write_repository is not None:
+        with tempfile.TemporaryDirectory(dir=args.write_repository.parent) as scratch:
+            repository.write_repository(Path(scratch) / "models", args, flags)
+            (Path(scratch) / "models").rename(args.write_repository)
+        print(f"wrote {args.write_repository}")
+        return
     server = Server(args, flags)
     try:
         server.start()
@@ -242,9 +243,8 @@ def main() -> None:
         )
         while server.process.poll() is None:
             time.sleep(args.watch)
-            with contextlib.suppress(ConnectionError):
-                for line in server.heal():
-                    print(line, flush=True)
+            for line in server.heal():
+                print(line, flush=True)
         raise UserError(f"tritonserver ended ({server.process.returncode})\n{server.tail()}")
     except RuntimeError as error:
         raise UserError(str(error)) from None

@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "diffusers==0.42.1",
+#     "transformers==5.23.0",
+#     "torchao==0.18.0",
+#     "accelerate==1.15.0",
+#     "psutil==7.2.2",
+# ]
+# ///
 """The pipeline: checks a request, calls the four models in order, and answers with images.
 
 Every request runs in a thread of its own: text encoders, one denoising job for each image (the
@@ -12,7 +23,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -25,7 +36,8 @@ from triton_models.metrics import Metrics
 from triton_models.pictures import encoded
 
 RETRY_S = 2
-JOB_OUTPUTS = ["latents", "step", "mean_batch", "forward_s"]
+JOB_NUMBERS = ("mean_batch", "forward_s", "queue_s")
+JOB_OUTPUTS = ["latents", "step", *JOB_NUMBERS]
 
 
 class Stopped(Exception):
@@ -39,8 +51,7 @@ class News:
     image: int
     step: int = 0
     latents: torch.Tensor | None = None
-    mean_batch: float = 0.0
-    forward_s: float = 0.0
+    numbers: dict[str, float] = field(default_factory=dict)  # JOB_NUMBERS, at the end
     error: Exception | None = None
 
 
@@ -60,7 +71,12 @@ class TritonPythonModel:
         for request in incoming:
             sender = request.get_response_sender()
             try:
-                wanted = requests.read(parts.Inputs(request), self.args, self.limits)
+                inputs = parts.Inputs(request)
+                requests.refuse_parameters(request.parameters())
+                if inputs.value("ping", False):
+                    _send(sender, {"step": torch.zeros(1, dtype=torch.int32)}, last=True)
+                    continue
+                wanted = requests.read(inputs, self.args, self.limits)
             except ValueError as error:
                 self._refuse(sender, error, "INVALID_ARGUMENT")
                 continue
@@ -181,7 +197,7 @@ class TritonPythonModel:
             steps[heard.image] = heard.step
             if heard.latents is not None:
                 latents[heard.image] = heard.latents
-                self.metrics.denoised(heard.step, heard.mean_batch, heard.forward_s)
+                self.metrics.denoised(heard.step, **heard.numbers)
             if wanted.progress and min(steps) > told:
                 told = min(steps)
                 _send(sender, _progress(told, wanted.steps), last=False)
@@ -213,14 +229,13 @@ def _denoising_job(image: int, inputs: dict, tell) -> None:
         return found[name].as_numpy().reshape(-1)[0].item()
 
     try:
-        for found in calls.responses("dit_transformer", inputs, JOB_OUTPUTS, decoupled=True):
+        for found in calls.responses("dit_transformer", inputs, JOB_OUTPUTS):
             step = number(found, "step")
             if "latents" not in found:
                 tell(News(image, step))
                 continue
             latents = torch.from_dlpack(found["latents"].to_dlpack())
-            mean, seconds = number(found, "mean_batch"), number(found, "forward_s")
-            tell(News(image, step, latents, mean, seconds))
+            tell(News(image, step, latents, {name: number(found, name) for name in JOB_NUMBERS}))
     except Exception as error:
         tell(News(image, error=error))
 

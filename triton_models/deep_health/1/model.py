@@ -21,16 +21,23 @@ EDGE = 16  # pixels: one token
 
 
 def requests_of(args) -> dict[str, tuple[dict, str]]:
-    """Give each model's smallest request and the output that it must answer with."""
+    """Give each model's smallest request and the output that it must answer with.
+
+    Compiled code is asked for the run's own call, which it has: any other would be compiled first.
+    """
     from utils.random_weights import configs_of
 
     transformer = configs_of(args.checkpoint)["transformer"]
-    size = torch.tensor([[EDGE, EDGE]], dtype=torch.int32)
-    latents = torch.zeros(1, 1, transformer["in_channels"], dtype=args.dtype)
+    own = args.height, args.width, args.max_sequence_length
+    height, width, tokens = (EDGE, EDGE, 1) if args.compile_export_mode == "disabled" else own
+    size = torch.tensor([[height, width]], dtype=torch.int32)
+    shape = 1, (height // 16) * (width // 16), transformer["in_channels"]
+    latents = torch.zeros(shape, dtype=args.dtype)
+    embeds = 1, tokens, transformer["joint_attention_dim"]
     step = {
         "latents": latents,
         "timestep": torch.full((1, 1), 0.5, dtype=args.dtype),
-        "prompt_embeds": torch.zeros(1, 1, transformer["joint_attention_dim"], dtype=args.dtype),
+        "prompt_embeds": torch.zeros(embeds, dtype=args.dtype),
         "pooled_prompt_embeds": torch.zeros(
             1, transformer["pooled_projection_dim"], dtype=args.dtype
         ),
@@ -44,6 +51,7 @@ def requests_of(args) -> dict[str, tuple[dict, str]]:
         "t5_encoder": ({"prompt": text("a"), "max_sequence_length": length}, "prompt_embeds"),
         "dit_transformer": (step, "noise_pred"),
         "vae_decoder": ({"latents": latents, "size": size}, "images"),
+        "bls_orchestrator": ({"prompt": text("a")[0], "ping": torch.tensor([True])}, "step"),
     }
 
 

@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "diffusers==0.42.1",
+#     "transformers==5.23.0",
+#     "torchao==0.18.0",
+#     "accelerate==1.15.0",
+#     "psutil==7.2.2",
+# ]
+# ///
 """The transformer: one denoising step, or all steps of a request, batched with other requests'.
 
 With `step_lengths` the whole loop runs here, so that neither embeddings nor latents travel between
@@ -17,6 +28,7 @@ import torch
 from triton_models import parts
 from triton_models.components import Transformer
 from triton_models.denoiser import Cancelled, Denoiser, Job
+from triton_models.requests import MAX_SEQUENCE_LENGTH, Limits, size_problem
 
 
 def problems_of(inputs: parts.Inputs, guided: bool) -> str:
@@ -24,18 +36,16 @@ def problems_of(inputs: parts.Inputs, guided: bool) -> str:
     for name in ("latents", "timestep", "size", "prompt_embeds", "pooled_prompt_embeds"):
         if name not in inputs:
             return f"{name}: found nothing, expected a tensor"
-    shape = list(inputs.tensor("latents").shape)
     height, width = inputs.values("size")[:2]
-    if height < 16 or width < 16 or height % 16 or width % 16:
-        return f"size: found {height}x{width}, expected multiples of 16"
-    if shape[1] != (height // 16) * (width // 16):
-        return (
-            f"latents: found {shape[1]} tokens, expected {(height // 16) * (width // 16)} of "
-            f"{height}x{width}"
-        )
+    if problem := size_problem(inputs.tensor("latents").shape[1], height, width):
+        return problem
+    if (text := inputs.tensor("prompt_embeds").shape[1]) > MAX_SEQUENCE_LENGTH:
+        return f"prompt_embeds: found {text} tokens, expected at most {MAX_SEQUENCE_LENGTH}"
     if ("guidance" in inputs) is not guided:
         return f"guidance: found {'one' if 'guidance' in inputs else 'none'}, expected the other"
     timestep, lengths = inputs.tensor("timestep"), inputs.tensor("step_lengths")
+    if timestep.shape[1] > Limits.max_steps:
+        return f"timestep: found {timestep.shape[1]}, expected at most {Limits.max_steps}"
     if lengths is None and timestep.shape[1] != 1:
         return f"timestep: found {timestep.shape[1]} without step_lengths, expected 1"
     if lengths is not None and lengths.shape != timestep.shape:
@@ -64,6 +74,11 @@ class TritonPythonModel:
             except Exception as error:
                 _reply(sender, error=parts.failure(error, "INVALID_ARGUMENT"))
 
+    def own(self, inputs: parts.Inputs, name: str):
+        """Give a tensor that outlives execute(), after which Triton takes its memory back."""
+        tensor = inputs.tensor(name)
+        return None if tensor is None else tensor.to(self.device, copy=True)
+
     def _take(self, inputs: parts.Inputs, sender) -> None:
         name = inputs.value("job", b"").decode()
         if inputs.value("cancel", False):
@@ -78,9 +93,7 @@ class TritonPythonModel:
         progress = inputs.value("progress", False)
 
         def here(tensor_name: str):
-            # Triton takes its memory back when execute has returned
-            tensor = inputs.tensor(tensor_name)
-            return None if tensor is None else tensor.to(self.device, copy=True)
+            return self.own(inputs, tensor_name)
 
         def after_step(job: Job) -> None:
             if progress:
@@ -108,6 +121,7 @@ class TritonPythonModel:
                     "step": _column(job, job.step, torch.int32),
                     "mean_batch": _column(job, mean, torch.float32),
                     "forward_s": _column(job, job.forward_s, torch.float32),
+                    "queue_s": _column(job, job.queue_s, torch.float32),
                 },
             )
 

@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "diffusers==0.42.1",
+#     "transformers==5.23.0",
+#     "torchao==0.18.0",
+#     "accelerate==1.15.0",
+#     "psutil==7.2.2",
+# ]
+# ///
 """The VAE decoder: packed latents to pixels.
 
 `python model.py --ckpt tiny-dev` checks the component by itself against FluxPipeline.
@@ -13,6 +24,7 @@ import torch
 from triton_models import parts
 from triton_models.answers import answer
 from triton_models.components import Decoder
+from triton_models.requests import size_problem
 
 
 class TritonPythonModel:
@@ -29,13 +41,8 @@ class TritonPythonModel:
 
     def _kind(self, inputs: parts.Inputs) -> tuple:
         latents, (height, width) = inputs.tensor("latents"), inputs.values("size")[:2]
-        if height < 16 or width < 16 or height % 16 or width % 16:
-            raise ValueError(f"size: found {height}x{width}, expected multiples of 16")
-        tokens = (height // 16) * (width // 16)
-        if latents.shape[1] != tokens:
-            raise ValueError(
-                f"latents: found {latents.shape[1]} tokens, expected {tokens} of {height}x{width}"
-            )
+        if problem := size_problem(latents.shape[1], height, width):
+            raise ValueError(problem)
         return height, width
 
     @staticmethod
