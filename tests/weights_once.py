@@ -122,8 +122,8 @@ def main() -> None:
     weights = sum(p.numel() * p.element_size() for p in block().parameters())
     print("# Weights once: one double block of FLUX.1, bf16\n")
     print(
-        f"`python -m tests.weights_once`, torch {torch.__version__}, a CPU; the block's tensors "
-        f"are {weights / 2**20:.1f} MiB: its weights, and Q, K, V once more as diffusers fuses them\n"
+        f"`python -m tests.weights_once`, torch {torch.__version__}, a CPU; the block has "
+        f"{weights / 2**20:.1f} MiB of tensors: its weights, and Q, K, V once more as diffusers fuses them\n"
     )
     print("| the block | package, MiB | peak of the process for it, GiB |\n| --- | --- | --- |")
     print("\n".join(rows))
