@@ -123,8 +123,8 @@ def main() -> None:
     print("# Weights once: one double block of FLUX.1, bf16\n")
     print(f"`python -m tests.weights_once`, torch {torch.__version__}, a CPU\n")
     print(
-        f"The block has {weights / 2**20:.1f} MiB of tensors: its weights, and Q, K, V once more as "
-        "diffusers fuses them.\n"
+        f"The block has {weights / 2**20:.1f} MiB of tensors: its weights, and Q, K, V once more "
+        "as diffusers fuses them.\n"
     )
     print("| the block | package, MiB | peak of the process for it, GiB |\n| --- | --- | --- |")
     print("\n".join(rows))
