@@ -130,7 +130,6 @@ class Server:
             "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub takes its prefix from here
             "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{libraries}",
             "PYTHONUNBUFFERED": "1",
-            "LC_ALL": "C.UTF-8",  # an embedded Python reads files as ASCII without: Inductor's
             "OMP_NUM_THREADS": str(args.threads),  # torch's own setting holds for one thread only
             **KEEP_MEMORY,
         }
