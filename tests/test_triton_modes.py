@@ -53,7 +53,11 @@ def _pictures(*flags: str) -> list[np.ndarray]:
 
 def _served(folder, *flags: str) -> Served:
     server = Served(folder, *flags, "--watch", "1", "--max_sequence_length", str(TEXT))
-    server.wait()
+    try:
+        server.wait()
+    except BaseException:
+        server.stop()
+        raise
     return server
 
 
