@@ -4,9 +4,9 @@ Asks a running server that has the same flags. Calls take turns (server, here, h
 each at few and at many steps. The transformer's forward is the same work on both sides, and the
 pictures are compared to the bit; yet two processes run it at speeds that differ by some percent for
 as long as they live (where their memory lies), so it is timed on both sides and taken out: what is
-left is all that serving adds, as the client sees it. A step costs what is left at many steps less that at
-few, over the steps between; an image costs the rest. Nothing of it depends on the size, so small
-pictures, whose calls are short, see the least of the host's drift and of its other work.
+left is all that serving adds, as the client sees it. A step costs what is left at many steps less
+that at few, over the steps between; an image costs the rest. Nothing of it depends on the size, so
+small pictures, whose calls are short, see the least of the host's drift and of its other work.
 
 Twice: medians of paired differences, and the fastest tenth of each side (other work only ever adds
 time); each with intervals of 95 %. The goal is judged by the fastest tenth. JSON last.

@@ -220,7 +220,9 @@ def main() -> None:
         raise UserError("\n".join(problems))
     from triton_models.parts import settings
 
-    settings(flags)  # refuses what a model would refuse, here and now
+    # Refuses what a model would refuse, here and now; but whether a stored package belongs to the
+    # versions of the server's environment, only the models can tell
+    settings([flag for flag in flags if flag.replace("_", "-") != "--use-cached-model"])
     for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
         signal.signal(stop, signal.default_int_handler)
     if args.write_repository is not None:
