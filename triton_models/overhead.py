@@ -106,16 +106,16 @@ def in_process(run_args) -> Side:
     return Side(call, lambda: spent[0])
 
 
-def measure(sides: dict[str, Side], size: dict, rounds: int, counts: list[int]) -> np.ndarray:
+def measure(sides: dict[str, Side], shape: dict, rounds: int, counts: list[int]) -> np.ndarray:
     """Take turns.
 
     Shapes: (rounds, sides, numbers of steps, 2), seconds: in all, in forwards
     Raises: UserError if the pictures differ: the server has other flags.
     """
-    shape = argparse.Namespace(num_inference_steps=None, sizes="")
+    plain = argparse.Namespace(num_inference_steps=None, sizes="")
     found = np.zeros((rounds + 1, len(sides), len(counts), 2))  # the first is the warm-up
     for number in range(rounds + 1):
-        fields = request(number, shape) | size
+        fields = request(number, plain) | shape
         for at, steps in enumerate(counts):
             order = list(enumerate(sides.values()))
             pictures = []
@@ -180,8 +180,9 @@ def main() -> None:
                 "server": served(client, args.metrics_port),
                 "here": in_process(run_args),
             }
-            size = {"height": run_args.height, "width": run_args.width}
-            row = summary(measure(sides, size, args.rounds, counts), counts)
+            names = ("height", "width", "max_sequence_length")
+            shape = {name: getattr(run_args, name) for name in names}
+            row = summary(measure(sides, shape, args.rounds, counts), counts)
     except ServerError as error:
         raise UserError(f"--grpc-port {args.grpc_port}: {error.code} {error}") from None
     row |= {"size": f"{run_args.width}x{run_args.height}", "flags": flags}
