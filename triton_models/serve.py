@@ -211,6 +211,12 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def end_by_signals() -> None:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell has them ignored."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+
+
 def main() -> None:
     """Serve until Ctrl-C or SIGTERM."""
     from utils.errors import UserError
@@ -223,8 +229,7 @@ def main() -> None:
     # Refuses what a model would refuse, here and now; but whether a stored package belongs to the
     # versions of the server's environment, only the models can tell
     settings([flag for flag in flags if flag.replace("_", "-") != "--use-cached-model"])
-    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
-        signal.signal(stop, signal.default_int_handler)
+    end_by_signals()
     if args.write_repository is not None:
         with tempfile.TemporaryDirectory(dir=args.write_repository.parent) as scratch:
             repository.write_repository(Path(scratch) / "models", args, flags)

@@ -19,7 +19,7 @@ import numpy as np
 from triton_models import repository
 from triton_models.client import Client
 from triton_models.overhead import FASTEST, median, with_interval
-from triton_models.serve import Server, parse_args
+from triton_models.serve import Server, end_by_signals, parse_args, problems_of
 from utils.checkpoints import BUNDLED_DIR
 from utils.errors import UserError, run_script
 
@@ -91,8 +91,11 @@ def main() -> None:
     own, rest = parser.parse_known_args()
     if own.rounds < 1 or own.steps < 1:
         raise UserError("--rounds, --steps: expected 1 or more")
+    args, flags = parse_args(rest)
+    if problems := problems_of(args):
+        raise UserError("\n".join(problems))
+    end_by_signals()
     with tempfile.TemporaryDirectory() as scratch:
-        args, flags = parse_args(rest)
         if own.interface == "flux":
             flags += flux_interface(Path(scratch) / "flux")
         server = Server(args, flags)
