@@ -118,6 +118,7 @@ class Server:
         self.region, self.key = f"flux-{os.getpid()}-", secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="flux-triton-"))
         self.process: subprocess.Popen | None = None
+        self.silent: dict[str, float] = {}  # model -> since when it has not answered in time
 
     def start(self) -> None:
         """Write what the server needs and start it."""
@@ -180,14 +181,22 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def heal(self) -> list[str]:
-        """Load again what does not compute; say what was done."""
+        """Load again what does not compute; say what was done.
+
+        What is merely silent may be compiling for a call of a new kind: it has as long as a start.
+        """
         from tritonclient.utils import InferenceServerException
 
         from triton_models.client import Client
 
         done = []
         with Client(self.args.grpc_port, key=self.key) as client:
-            for name, words in client.unhealthy().items():
+            found, now = client.unhealthy(), time.monotonic()
+            silent = [name for name, words in found.items() if words.startswith("no answer")]
+            self.silent = {name: self.silent.get(name, now) for name in silent}
+            for name, words in found.items():
+                if name in silent and now - self.silent[name] < self.args.timeout:
+                    continue
                 try:
                     client.reload(name)
                     outcome = "loaded again"
