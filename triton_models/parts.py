@@ -5,6 +5,7 @@ gen_image.py. Their flags stand in config.pbtxt under `parameters`, as they woul
 """
 
 import json
+import locale
 import shlex
 from pathlib import Path
 
@@ -92,6 +93,9 @@ def begin(arguments: dict):
             f"found numpy {numpy.__version__}, expected 1.x: Triton's Python stub was built for "
             "it; install triton_models/requirements.txt into an environment of its own"
         )
+    # The stub's Python ignores the environment's locale and would read files, Inductor's own
+    # templates among them, as ASCII
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     found = json.loads(arguments["model_config"])["parameters"]
     values = {name: value["string_value"] for name, value in found.items()}
     args = settings(values.pop("flags"))
