@@ -19,6 +19,7 @@ PARTS = {  # model -> components of FluxPipeline that it holds; every one can ha
     "bls_orchestrator": (),
 }
 WHOLE_CALL = (  # flags of steps that change a pipeline's call, or more than one component
+    "gguf_file",
     "cache_dit_config",
     "step_mask",
     "modulation_once",

@@ -14,6 +14,7 @@ from utils.steps import (
     fa3,
     fused_kernels,
     fused_projections,
+    gguf,
     group_norm,
     inductor_tuning_flags,
     modulation,
@@ -25,6 +26,7 @@ from utils.steps import (
 )
 
 STEPS = (
+    gguf,  # the weights themselves: all below reads them
     fused_projections,  # fused matrices must exist before anything reads them
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
@@ -65,8 +67,9 @@ def load_pipeline(args):
 
         cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
         source = args.checkpoint.path or args.checkpoint.name
+        other = {"transformer": None} if args.gguf_file else {}  # step gguf brings it
         try:
-            pipeline = cls.from_pretrained(source, dtype=args.dtype)
+            pipeline = cls.from_pretrained(source, dtype=args.dtype, **other)
         except (OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())
             raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
