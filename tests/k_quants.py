@@ -3,8 +3,8 @@
 python -m tests.k_quants CKPT TYPE FILE.gguf writes a checkpoint's transformer.
 
 A superblock of 256 numbers has parts with integer scales of their own, which share one fp16 scale.
-Scales come from each part's largest number, without llama.cpp's search for better ones, so the error
-is an upper bound. What every field means is in gguf.quants' `dequantize_blocks`; the tests decode
+Scales come from each part's largest number, without llama.cpp's search for better ones, so the
+errors are upper bounds. What a field means is in gguf.quants' `dequantize_blocks`; tests decode
 with that.
 
 Source: github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q3_K to block_q6_K)
@@ -19,7 +19,9 @@ SUPER = 256
 
 
 def _ratio(a, b):
-    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)
+    return np.divide(
+        a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0
+    )
 
 
 def _signed(x, parts: int, top: int, scale_top: int):

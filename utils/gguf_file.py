@@ -28,7 +28,9 @@ class Contents:
     @property
     def types(self) -> dict[str, int]:
         """Count the matrices of each type, most frequent first."""
-        return dict(Counter(t for t, shape in self.tensors.values() if len(shape) > 1).most_common())
+        return dict(
+            Counter(t for t, shape in self.tensors.values() if len(shape) > 1).most_common()
+        )
 
     @property
     def is_exact(self) -> bool:
@@ -61,7 +63,9 @@ def read_header(path: Path) -> Contents:
         size = sum(t.n_bytes for t in reader.tensors)
     except (OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
         what = " ".join(str(error).split())[:120]
-        raise UserError(f"{flag}: damaged or cut off ({path.stat().st_size} bytes: {what})") from None
+        raise UserError(
+            f"{flag}: damaged or cut off ({path.stat().st_size} bytes: {what})"
+        ) from None
     if architecture not in (None, "flux"):  # files made by hand name none
         raise UserError(f"{flag}: holds the architecture {architecture!r}, expected 'flux'")
     return Contents(found, size)
@@ -84,14 +88,16 @@ def problem(contents: Contents, config: dict) -> str:
     for name in dict.fromkeys((*wanted, *contents.tensors)):
         kind, shape = contents.tensors.get(name, (None, None))
         if shape != wanted.get(name):
-            lines.append(f"{name}: found {shape or 'nothing'}, expected {wanted.get(name, 'nothing')}")
+            lines.append(
+                f"{name}: found {shape or 'nothing'}, expected {wanted.get(name, 'nothing')}"
+            )
     if lines:
         more = f"; ... {len(lines)} such tensors" if len(lines) > MAX_PROBLEMS else ""
         return "is another transformer: " + "; ".join(lines[:MAX_PROBLEMS]) + more
-    readable = {kind.name for kind in SUPPORTED_GGUF_QUANT_TYPES} | {"F32", "F16"}
+    readable = sorted({kind.name for kind in SUPPORTED_GGUF_QUANT_TYPES} | {"F32", "F16"})
     for name, (kind, shape) in contents.tensors.items():
         if kind not in readable:
-            return f"{name} is of type {kind}, which diffusers cannot read ({', '.join(sorted(readable))})"
+            return f"{name} is of type {kind}, which diffusers cannot read (it can: {' '.join(readable)})"
         if len(shape) < 2 and kind not in ("F32", "F16"):
             return f"{name} is a vector of type {kind}, expected F32 or F16"
     return ""

@@ -17,6 +17,7 @@ from utils.steps import (
     gguf,
     group_norm,
     inductor_tuning_flags,
+    memory,
     modulation,
     persistent_tma,
     quant,
@@ -37,6 +38,7 @@ STEPS = (
     text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
     persistent_tma,  # moves the biases of the float8 products
+    memory,  # moves the final weights to where they stay, or puts hooks on them
     inductor_tuning_flags,  # read when the compiler runs
     text_encoders,  # warmed up by the calls of the two below
     compile,  # freezes everything above ...
@@ -46,7 +48,9 @@ STEPS = (
 
 
 def load_pipeline(args):
-    """Load or build the pipeline of `args.checkpoint` on its device, bf16 unless turned off.
+    """Load or build the pipeline of `args.checkpoint`, bf16 unless turned off.
+
+    It is on its device, or on the host if step `memory` is to place it.
 
     Returns: diffusers.FluxPipeline or FluxKontextPipeline, unchanged by any step.
     Raises: UserError if the weights are missing, damaged or not to be had.
@@ -59,7 +63,7 @@ def load_pipeline(args):
     if args.checkpoint.random_weights:
         from utils.random_weights import build
 
-        pipeline = build(args.checkpoint, args.dtype, args.device, args.seed)
+        pipeline = build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
         from safetensors import SafetensorError
 
@@ -73,7 +77,7 @@ def load_pipeline(args):
         except (OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())
             raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
-        pipeline.to(args.device)
+        pipeline.to(args.load_device)
     pipeline.set_progress_bar_config(disable=None, leave=False)
     return pipeline
 

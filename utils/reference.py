@@ -21,8 +21,8 @@ OTHER_SEED = 1000  # added to the seed; no row reaches that many images
 def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[dict, Path]:
     """Give the reference of these prompts, made now if it is not kept yet.
 
-    `pipeline` must be untouched: plain diffusers in the run's own dtype. Where its transformer comes
-    from a GGUF file, the checkpoint's own is loaded for this.
+    `pipeline` must be untouched: plain diffusers in the run's own dtype. Where its transformer is
+    to come from a GGUF file, or its weights wait on the host, the checkpoint is loaded once more.
 
     Returns: {"eager": Result, "fp32": Result or None, "other_seed_psnr_db": float}, and its file.
     """
@@ -36,7 +36,7 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
     if (found := _load(path, identity)) is not None:
         return found, path
     say("reference", f"plain diffusers, {len(prompts)} prompts, once; kept in {path.parent}")
-    if args.gguf_file:
+    if args.gguf_file or args.load_device != args.device:
         pipeline = _load_plain(args, args.dtype)
     eager = quality.run(pipeline, args, prompts)
     other = copy.copy(args)
@@ -77,10 +77,14 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
 def _load_plain(args, dtype):
     """Load the checkpoint once more, with its own weights."""
     from utils.pipeline_utils import load_pipeline
+    from utils.steps import memory
 
     plain = copy.copy(args)
     plain.dtype, plain.gguf_file = dtype, None
-    return load_pipeline(plain)
+    pipeline = load_pipeline(plain)
+    if args.load_device != args.device:
+        memory.place(pipeline, plain, "group")  # it fits nearly anywhere, and changes no bit
+    return pipeline
 
 
 def _save(path: Path, identity: dict, made: dict) -> None:

@@ -1,7 +1,7 @@
 """The transformer from a GGUF file: smaller weights, kept as they are or made bf16 once.
 
-First of all, since every later step reads the final weights. diffusers' own loader reads Q8_0, Q6_K,
-Q5, Q4, Q3 and Q2 (not ggml's integer products: a weight becomes bf16 just before its product).
+First of all, since every later step reads the final weights. diffusers' own loader reads Q8_0,
+Q6_K, Q5, Q4, Q3 and Q2 (without ggml's integer products: a weight becomes bf16 before its product).
 
 `compressed` keeps the file's bytes in memory and decodes them in every forward: a third to a half
 of bf16's memory, and slower, since decoding is work. QKV fusion of the transformer and float8 are
@@ -105,6 +105,7 @@ def load_transformer(args):
     import tempfile
 
     from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+    from diffusers.quantizers.gguf.utils import _dequantize_gguf_and_restore_linear
 
     from utils.random_weights import configs_of
 
@@ -118,10 +119,12 @@ def load_transformer(args):
             dtype=args.dtype,
         )
     if not is_compressed(args):
-        transformer.dequantize()
+        # Not transformer.dequantize(): it would go through the GPU, whether it fits there or not
+        _dequantize_gguf_and_restore_linear(transformer)
+        del transformer.hf_quantizer
     return transformer.requires_grad_(False)
 
 
 def apply(pipeline, args) -> None:
     """Put the file's transformer in the place of the checkpoint's, which was not loaded."""
-    pipeline.register_modules(transformer=load_transformer(args).to(args.device))
+    pipeline.register_modules(transformer=load_transformer(args).to(args.load_device))
