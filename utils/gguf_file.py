@@ -97,7 +97,7 @@ def problem(contents: Contents, config: dict) -> str:
     readable = sorted({kind.name for kind in SUPPORTED_GGUF_QUANT_TYPES} | {"F32", "F16"})
     for name, (kind, shape) in contents.tensors.items():
         if kind not in readable:
-            return f"{name} is of type {kind}, which diffusers cannot read (it can: {' '.join(readable)})"
+            return f"{name} is of type {kind}, diffusers reads {' '.join(readable)}"
         if len(shape) < 2 and kind not in ("F32", "F16"):
             return f"{name} is a vector of type {kind}, expected F32 or F16"
     return ""

@@ -151,13 +151,15 @@ def _fill_in(args) -> None:
 
 def _settle_mode(args) -> None:
     """Choose the memory tier, and with it the default of the compile mode."""
-    from utils.steps import compile, memory
+    from utils.steps import compile, gguf, memory
 
     memory.settle(args)
     args.mode_reason = ""
     if args.compile_export_mode is None:
         mode = memory.default_mode(args)
         mode = mode or compile.default_mode(args.machine, bool(args.cache_dit_config))
+        if mode[0] == "export_aoti" and gguf.is_compressed(args):
+            mode = "compile", "the default with a compressed GGUF, which cannot be exported"
         args.compile_export_mode, args.mode_reason = mode
 
 
