@@ -84,6 +84,7 @@ def make_args(cache_dir, **changes):
         compile_scope="full",
         compile_text_encoders=False,
         quant_granularity="row",
+        gguf_file=None,
         disable_inductor_tuning_flags=False,
         height=PIXELS,
         width=PIXELS,
