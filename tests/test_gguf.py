@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.gguf_file import read_header
 from utils.hardware import Machine
 from utils.memory import weights_gib
-from utils.pipeline_utils import generate, load_pipeline
+from utils.pipeline_utils import load_pipeline
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q4_0", "Q4_K", "Q3_K")
 FOLDER = transformer_folder("tiny-schnell")
@@ -41,7 +41,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(files):
-    """Give a function: type, mode -> pipeline, arguments and latents (1, 64, 64)."""
+    """Give a function: type, mode -> pipeline, arguments and what they draw."""
     made = {}
 
     def run(kind: str, mode: str):
@@ -50,7 +50,7 @@ def runs(files):
             flags = ("--gguf_file", str(files(kind)), "--gguf_mode", mode)
             flags += ("--memory", "full", "--disable_fused_projections")
             pipeline, args = optimized(*flags)
-            made[kind, mode] = pipeline, args, generate(pipeline, args, output_type="latent")
+            made[kind, mode] = pipeline, args, quality.run(pipeline, args)
         return made[kind, mode]
 
     return run
@@ -94,24 +94,23 @@ def test_both_modes_hold_what_ggufs_own_decoder_reads_and_draw_the_same(kind, fi
         quantised += 1
     assert quantised == read_header(files(kind)).types[kind] > 20
     assert not any(type(module) is GGUFLinear for module in after.values())
-    assert torch.equal(compressed[2], dense[2])
+    assert torch.equal(compressed[2].latents, dense[2].latents)
 
 
 def test_fewer_bits_are_smaller_and_further_from_the_checkpoint(runs, reference):
     exact = reference().latents
     by_bits = ("Q8_0", "Q6_K", "Q5_1", "Q4_K", "Q3_K")
-    errors = [quality.relative_l2(runs(kind, "compressed")[2], exact) for kind in by_bits]
+    errors = [quality.relative_l2(runs(k, "compressed")[2].latents, exact) for k in by_bits]
     assert errors == sorted(errors)
     sizes = [weights_gib(runs(kind, "compressed")[0]) for kind in by_bits]
     assert sizes == sorted(sizes, reverse=True)
-    picture = quality.run(*runs("Q8_0", "compressed")[:2])
-    assert quality.compare(picture, reference())["psnr_db_worst"] > 30
+    assert quality.compare(runs("Q8_0", "compressed")[2], reference())["psnr_db_worst"] > 30
 
 
 def test_bf16_as_gguf_is_the_checkpoint(files, reference):
     pipeline, args = optimized("--gguf_file", str(files("BF16")), "--disable_fused_projections")
     assert args.plan["gguf"].lossless
-    assert torch.equal(generate(pipeline, args, output_type="latent"), reference().latents)
+    assert torch.equal(quality.run(pipeline, args).latents, reference().latents)
 
 
 def test_what_the_other_steps_do_with_a_file(files, runs, float8_on_cpu):
@@ -127,17 +126,15 @@ def test_what_the_other_steps_do_with_a_file(files, runs, float8_on_cpu):
     assert args.plan["quant"].is_on
     attention = dense.transformer.transformer_blocks[0].attn
     assert "Float8" in type(attention.to_qkv.weight).__name__
-    error = quality.relative_l2(
-        generate(dense, args, output_type="latent"), runs("Q4_0", "compressed")[2]
-    )
-    assert 0 < error < 0.15  # float8 on top
+    found, plain = quality.run(dense, args), runs("Q4_0", "compressed")[2]
+    assert 0 < quality.relative_l2(found.latents, plain.latents) < 0.15  # float8 on top
 
 
 def test_modulation_once_runs_on_compressed_weights(runs, files):
     flags = ("--gguf_file", str(files("Q8_0")), "--modulation_once")
     pipeline, args = optimized(*flags)
-    latents = generate(pipeline, args, output_type="latent")
-    assert quality.relative_l2(latents, runs("Q8_0", "compressed")[2]) < 0.02
+    found, plain = quality.run(pipeline, args), runs("Q8_0", "compressed")[2]
+    assert quality.relative_l2(found.latents, plain.latents) < 0.02
 
 
 def test_steps_stay_the_checkpoints_own_whatever_the_type(files):
@@ -269,5 +266,5 @@ def test_compiled_blocks_decode_like_eager_ones(scope, runs, files, tmp_path):
     flags = ("--compile_export_mode", "compile", "--compile_scope", scope)
     name = ("--gguf_file", str(files("Q4_K")), "--cache-dir", str(tmp_path / "cache"))
     pipeline, args = optimized(*name, *flags)
-    latents = generate(pipeline, args, output_type="latent")
-    assert quality.relative_l2(latents, runs("Q4_K", "compressed")[2]) < 0.02
+    found, plain = quality.run(pipeline, args), runs("Q4_K", "compressed")[2]
+    assert quality.relative_l2(found.latents, plain.latents) < 0.02
