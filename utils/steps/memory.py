@@ -121,7 +121,7 @@ def _conflict(args) -> str:
     if tier in OFFLOADED and args.fused_kernels:
         return "--fused_kernels is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.cache_dit_config:
-        return "a step cache calls the blocks itself; leave out --cache_dit_config"
+        return "a step cache is not tried with weights that move; leave out --cache_dit_config"
     if tier in TILED and mode == "export_aoti":
         return (
             "tiles are of several sizes, and the first call exports one package a component; use "
@@ -190,16 +190,16 @@ def out_of_memory_explained(args):
         yield
     except (MemoryError, RuntimeError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
         found = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+        settled = hasattr(args, "tier")
+        if not settled or not (isinstance(error, MemoryError) or _is_out_of_memory(error)):
             raise
     else:
         return
-    tier = getattr(args, "tier", "full")
-    raise UserError(f"out of memory in tier {tier} ({found}); {_next(args)}")
+    raise UserError(f"out of memory in tier {args.tier} ({found}); {_next(args)}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    known = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    known = ("can't allocate memory", "out of memory", "Cannot allocate memory")
     return type(error).__name__ == "OutOfMemoryError" or any(k in str(error) for k in known)
 
 
