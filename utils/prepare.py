@@ -42,14 +42,14 @@ def prepare(args) -> None:
         raise UserError("\n".join(problems))
     args.pil_image = open_image(args)
     _settle_mode(args)
+    if args.random_weights and args.load_device == args.device:
+        _check_room(args)
     if getattr(args, "peer", None):
         from utils import peers
 
         args.plan = peers.plan(args)
     else:
         args.plan = _plan(args)
-    if args.random_weights and args.load_device == args.device:
-        _check_room(args)
 
 
 def begin(args) -> tuple:

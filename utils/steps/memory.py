@@ -20,6 +20,7 @@ import sys
 from contextlib import contextmanager
 
 from utils.errors import UserError
+from utils.gguf_file import read_header
 from utils.memory_tiers import (
     OFFLOADED,
     ON_A_CPU,
@@ -62,8 +63,8 @@ def settle(args) -> None:
     """
     args.memory_problem, args.memory_why = "", ""
     compressed = None
-    if gguf.is_compressed(args) and (verdict := gguf.check(args)).is_on:
-        compressed = int(verdict.settings["gib"] * 2**30)
+    if gguf.is_compressed(args) and gguf.check(args).is_on:
+        compressed = read_header(gguf.local_file(args.gguf_file)).bytes
     float8 = not compressed and quant.check(args).is_on
     found = {tier: estimate(args, tier, float8, compressed) for tier in TIERS}
     free = parse_size(args.memory) or free_bytes(args)
