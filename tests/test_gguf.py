@@ -147,9 +147,10 @@ def test_stored_packages_belong_to_the_files_contents(files, tmp_path):
         args = make_args("--gguf_file", str(path), "--cache-dir", str(tmp_path / "cache"))
         return identity_of_run(args, {})["checkpoint"]
 
-    copy = tmp_path / "other-name.gguf"
+    for folder in ("other", "cache"):
+        (tmp_path / folder).mkdir(mode=0o700)
+    copy = tmp_path / "other" / "Q8_0.gguf"
     shutil.copy(files("Q8_0"), copy)
-    (tmp_path / "cache").mkdir(mode=0o700)
     before = identity(copy)
     assert before == identity(files("Q8_0"))
     with copy.open("r+b") as file:
