@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from extras.write_gguf import write
-from utils import quality
+from utils import quality, readme
 from utils.gguf_file import Contents, problem, read_header
 from utils.steps.gguf import load_transformer
 
@@ -89,6 +89,12 @@ def test_every_name_and_shape_is_known_at_full_size():
     assert "img_mod.lin.bias: found (18432,), expected nothing" in problem(more, CONFIG)
     narrow = CONFIG | {"num_attention_heads": 2}
     assert "width 3072 only" in problem(Contents(tensors, 0), narrow)
+
+
+def test_the_table_of_the_page_is_that_of_the_rows():
+    page = readme.MEMORY.read_text()
+    assert readme.render(page, readme.FILES, readme.MEMORY.name) == page
+    assert sum("| compressed |" in line for line in page.splitlines()) >= 2
 
 
 @pytest.mark.slow
