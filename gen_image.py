@@ -5,12 +5,18 @@ import time
 from utils.benchmark_utils import create_parser
 from utils.errors import run_script
 from utils.quiet import quiet_libraries
+from utils.steps.memory import out_of_memory_explained
 
 
 def main() -> None:
-    """Parse, check, load, optimise, generate, save."""
+    """Parse, then make the images."""
     args = create_parser("Make images with every optimisation on.").parse_args()
+    with out_of_memory_explained(args):
+        make_images(args)
 
+
+def make_images(args) -> None:
+    """Check, load, optimise, generate, save."""
     quiet_libraries()
     from utils import card, cudagraph
     from utils.images import save_images

@@ -13,6 +13,7 @@ from utils.errors import UserError, run_script
 from utils.peers import PEERS
 from utils.quiet import quiet_libraries
 from utils.report_series import KINDS as SERIES
+from utils.steps.memory import out_of_memory_explained
 
 
 def parse_arguments():
@@ -91,7 +92,8 @@ def main() -> None:
 
     if args.results:
         results.append(Path(args.results), [])
-    found, pipeline, result = row.measure_row(args)
+    with out_of_memory_explained(args):
+        found, pipeline, result = row.measure_row(args)
     print(row.render(found))
     if args.trace_file:
         row.write_trace(Path(args.trace_file), lambda: generate(pipeline, args))

@@ -154,6 +154,18 @@ for part in "$@"; do
         row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
         row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
       done ;;
+    memory) # peaks at full size beside the estimates, which stand in each row's steps
+      for tier in full group; do # random weights of group are made on the host: minutes
+        row 280 "memory $tier" $DEV --memory $tier --compile_export_mode disabled --num_runs 2
+      done ;;
+    gguf) # what a compressed transformer costs and saves: the trained checkpoint's, on this GPU
+      for type in Q8_0 Q4_0; do
+        python3 -m extras.write_gguf --ckpt tiny-dev --type $type --output-file "tiny-$type.gguf"
+        for mode in compressed dequantize; do
+          FAST="" row 150 "gguf $type $mode" --ckpt tiny-dev --gguf_file "tiny-$type.gguf" \
+            --gguf_mode $mode --compile_export_mode compile --compile_scope blocks
+        done
+      done ;;
     serving) # the served models' components against FluxPipeline, without a server
       for model in clip_encoder t5_encoder dit_transformer vae_decoder bls_orchestrator; do
         echo "=== $model"

@@ -20,6 +20,7 @@ PARTS = {  # model -> components of FluxPipeline that it holds; every one can ha
     "bls_orchestrator": (),
 }
 WHOLE_CALL = (  # flags of steps that change a pipeline's call, or more than one component
+    "gguf_file",
     "cache_dit_config",
     "step_mask",
     "modulation_once",
@@ -42,9 +43,15 @@ def settings(flags: str | list[str]):
     quiet_libraries()
     words = shlex.split(flags) if isinstance(flags, str) else list(flags)
     args = create_parser("serve").parse_args(words)
+    if args.memory == "auto":
+        args.memory = "full"  # a process holds one part, not what the estimates are about
     prepare(args)
     if args.checkpoint.defaults.takes_image:
         raise UserError(f"--ckpt {args.ckpt}: edits an image; the server takes text prompts only")
+    if args.memory != "full":
+        raise UserError(
+            f"--memory {args.memory}: every process of the server keeps its part; leave it out"
+        )
     for flag in WHOLE_CALL:
         if getattr(args, flag):
             raise UserError(
