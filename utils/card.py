@@ -94,7 +94,7 @@ def gpu_state(args) -> dict:
 
 def call(args) -> dict:
     """Collect what decides the picture, apart from the steps."""
-    return {
+    return _only_given(args) | {
         "ckpt": args.ckpt,
         "random_weights": args.random_weights,
         "prompt": args.prompt,
@@ -109,6 +109,13 @@ def call(args) -> dict:
     }
 
 
+def _only_given(args) -> dict:
+    """Name what decides the picture and has no default: rows from before these flags stay equal."""
+    from utils import guidance
+
+    return guidance.call(args)
+
+
 def render(args) -> str:
     """Write the card as text: one line a fact, then the steps that are on, then the others."""
     about = call(args)
@@ -121,7 +128,7 @@ def render(args) -> str:
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
         f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
-        f"steps, guidance {guidance}, {args.max_sequence_length} text tokens, seed {args.seed}",
+        f"steps, guidance {guidance}{_true_cfg(args)}, {args.max_sequence_length} text tokens, seed {args.seed}",
     ]
     mode = args.compile_export_mode
     lines.append(f"mode        {mode}" + (f" ({args.mode_reason})" if args.mode_reason else ""))
@@ -137,6 +144,15 @@ def render(args) -> str:
             state = "" if verdict.state == "off" else verdict.state + ": "
             lines.append(f"off: {name:22s} {state}{verdict.reason}")
     return "\n".join(lines)
+
+
+def _true_cfg(args) -> str:
+    if args.true_cfg_scale is None:
+        return ""
+    return (
+        f", true CFG {args.true_cfg_scale:g} away from {args.negative_prompt!r} (twice the "
+        "transformer's work)"
+    )
 
 
 def cuda_graphs(used: dict[str, int] | None) -> list[str]:

@@ -16,6 +16,7 @@ from utils.steps import (
     fused_projections,
     group_norm,
     inductor_tuning_flags,
+    lora,
     modulation,
     persistent_tma,
     quant,
@@ -25,6 +26,7 @@ from utils.steps import (
 )
 
 STEPS = (
+    lora,  # later steps read the final weights
     fused_projections,  # fused matrices must exist before anything reads them
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
@@ -100,6 +102,8 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
     """
     import torch
 
+    from utils import guidance
+
     count = len(args.prompt) * args.num_images_per_prompt
     call = {
         "prompt": args.prompt,
@@ -110,6 +114,7 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
         "num_images_per_prompt": args.num_images_per_prompt,
         "generator": [torch.Generator("cpu").manual_seed(args.seed + k) for k in range(count)],
         "output_type": output_type,
+        **guidance.call(args),
     }
     if args.guidance_scale is not None:
         call["guidance_scale"] = args.guidance_scale

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from utils import checkpoints
+from utils import checkpoints, guidance
 from utils.errors import UserError
 
 MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
@@ -23,7 +23,7 @@ def prepare(args) -> None:
 
     Raises: UserError with one line per problem.
     """
-    problems = [*number_problems(args), *_path_problems(args)]
+    problems = [*number_problems(args), *_path_problems(args), *guidance.problems(args)]
     if problems:
         raise UserError("\n".join(problems))
     args.ckpt_is_default = args.ckpt is None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils import quality
 from utils.progress import say
+from utils.steps import lora
 
 FORMAT = 1
 OTHER_SEED = 1000  # added to the seed; no row reaches that many images
@@ -33,10 +34,11 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
     if (found := _load(path, identity)) is not None:
         return found, path
     say("reference", f"plain diffusers, {len(prompts)} prompts, once; kept in {path.parent}")
-    eager = quality.run(pipeline, args, prompts)
     other = copy.copy(args)
     other.seed = args.seed + OTHER_SEED
-    seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
+    with lora.beside(pipeline, args):
+        eager = quality.run(pipeline, args, prompts)
+        seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
     fp32 = _run_fp32(args, prompts) if with_fp32 else None
     made = {"eager": eager, "fp32": fp32, "other_seed_psnr_db": seed_db}
     _save(path, identity, made)
@@ -54,6 +56,7 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
     return {
         "format": FORMAT,
         "weights": args.checkpoint.identity(args.cache_dir),
+        "lora": args.plan[lora.NAME].settings,
         "kind": args.checkpoint.kind,
         "prompts": prompts,
         "image": image,
@@ -73,7 +76,9 @@ def _run_fp32(args, prompts: list[str]):
 
     exact = copy.copy(args)
     exact.dtype = torch.float32
-    return quality.run(load_pipeline(exact), exact, prompts)
+    pipeline = load_pipeline(exact)
+    with lora.beside(pipeline, exact):
+        return quality.run(pipeline, exact, prompts)
 
 
 def _save(path: Path, identity: dict, made: dict) -> None:

@@ -35,6 +35,11 @@ def check(args) -> Verdict:
             "--modulation_once: a step cache calls the blocks itself, with one vector for all of "
             "them; leave out --modulation_once or --cache_dit_config"
         )
+    if args.true_cfg_scale is not None:
+        return refused(
+            "--modulation_once: its loop calls the transformer once a step, true CFG twice; leave "
+            "out --modulation_once or --true_cfg_scale"
+        )
     return on()
 
 

@@ -84,6 +84,11 @@ def check(args) -> Verdict:
             f"--step_mask {text}: --cache_dit_config decides about the same steps, and would count "
             "those that it never sees; leave one of the two out"
         )
+    if args.true_cfg_scale is not None:
+        return refused(
+            f"--step_mask {text}: the mask counts one forward a step, true CFG runs two; leave out "
+            "--step_mask or --true_cfg_scale"
+        )
     try:
         mask = mask_of(text, args.num_inference_steps)
     except ValueError as error:
