@@ -113,7 +113,9 @@ def _only_given(args) -> dict:
     """Name what decides the picture and has no default: rows from before these flags stay equal."""
     from utils import guidance
 
-    return guidance.call(args)
+    chosen = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return guidance.call(args) | given
 
 
 def render(args) -> str:
@@ -129,7 +131,10 @@ def render(args) -> str:
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
         f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
         f"steps, guidance {guidance}{_true_cfg(args)}, {args.max_sequence_length} text tokens, seed {args.seed}",
+        *_scheduler(args),
     ]
+    if args.acceleration_notes:
+        lines.append(f"preset      {args.acceleration}: {', '.join(args.acceleration_notes)}")
     mode = args.compile_export_mode
     lines.append(f"mode        {mode}" + (f" ({args.mode_reason})" if args.mode_reason else ""))
     if args.random_weights:
@@ -144,6 +149,16 @@ def render(args) -> str:
             state = "" if verdict.state == "off" else verdict.state + ": "
             lines.append(f"off: {name:22s} {state}{verdict.reason}")
     return "\n".join(lines)
+
+
+def _scheduler(args) -> list[str]:
+    from utils import schedulers
+
+    if schedulers.is_default(args):
+        return []
+    forwards = schedulers.evaluations(args)
+    sigmas = args.sigmas or "default"
+    return [f"scheduler   {args.scheduler or 'euler'}, sigmas {sigmas}, {forwards} evaluations"]
 
 
 def _true_cfg(args) -> str:

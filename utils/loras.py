@@ -50,11 +50,22 @@ def split(text: str) -> tuple[str, float]:
 
 
 def find(text: str) -> Lora:
-    """Find the file that `--lora` names: a path, or owner/name[/file] on the hub.
+    """Find what `--lora` names, a path or owner/name[/file] on the hub, and digest it.
 
     Raises: UserError if there is no such file, or it cannot be had
     """
     name, weight = split(text)
+    path = locate(name)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Lora(name, path, weight, digest)
+
+
+def locate(name: str) -> Path:
+    """Find the file of a name without a weight.
+
+    Raises: UserError if there is no such file, or it cannot be had
+    """
     path, parts = Path(name).expanduser(), name.split("/")
     if path.is_dir():
         raise UserError(f"--lora {name}: is a folder (expected a .safetensors file in it)")
@@ -64,9 +75,7 @@ def find(text: str) -> Lora:
         path = _from_hub(name, "/".join(parts[:2]), "/".join(parts[2:]) or DEFAULT_FILE)
     if path.suffix != ".safetensors":
         raise UserError(f"--lora {name}: expected a .safetensors file (pickles can run code)")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Lora(name, path, weight, digest)
+    return path
 
 
 def _from_hub(name: str, repo: str, file: str) -> Path:
@@ -118,7 +127,7 @@ def read(lora: Lora) -> dict:
     return converted | (alphas or {})
 
 
-class _warnings:  # noqa: N801  used as a function
+class _warnings:
     """Collect what diffusers' loaders warn of; at the usual log level they say nothing."""
 
     def __enter__(self) -> list[str]:

@@ -53,6 +53,7 @@ def load_pipeline(args):
     """
     import diffusers
 
+    from utils import schedulers
     from utils.quiet import no_bars_without_terminal
 
     no_bars_without_terminal()
@@ -73,6 +74,7 @@ def load_pipeline(args):
             what = " ".join(str(error).split())
             raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
         pipeline.to(args.device)
+    schedulers.install(pipeline, args)
     pipeline.set_progress_bar_config(disable=None, leave=False)
     return pipeline
 
@@ -102,7 +104,7 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
     """
     import torch
 
-    from utils import guidance
+    from utils import guidance, schedulers
 
     count = len(args.prompt) * args.num_images_per_prompt
     call = {
@@ -115,6 +117,7 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
         "generator": [torch.Generator("cpu").manual_seed(args.seed + k) for k in range(count)],
         "output_type": output_type,
         **guidance.call(args),
+        **schedulers.call(args),
     }
     if args.guidance_scale is not None:
         call["guidance_scale"] = args.guidance_scale

@@ -63,6 +63,7 @@ def choices(machine: Machine) -> tuple[str, ...]:
         machine=machine,
         dtype=torch.bfloat16,
         disable_quant=False,
+        swap_loras=False,
         quant_granularity="row",
         quant_filter="blocks",
     )

@@ -28,6 +28,8 @@ def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if args.disable_fused_projections:
         return off("--disable_fused_projections")
+    if args.swap_loras:
+        return off("--swap_loras: fused matrices would leave the LoRA's Q, K and V out")
     return on()
 
 

@@ -69,6 +69,8 @@ def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if args.disable_quant:
         return off("--disable_quant")
+    if args.swap_loras:
+        return off("--swap_loras: LoRAs beside the weights stay in the model's own dtype")
     reason = lacking(args.machine)
     if reason:
         return unavailable(reason)

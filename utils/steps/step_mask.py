@@ -15,6 +15,7 @@ four distilled steps, none like the last, and is refused.
 
 from dataclasses import dataclass
 
+from utils.schedulers import loop_problem
 from utils.steps import Verdict, off, on, refused
 
 NAME = "step_mask"
@@ -84,6 +85,8 @@ def check(args) -> Verdict:
             f"--step_mask {text}: --cache_dit_config decides about the same steps, and would count "
             "those that it never sees; leave one of the two out"
         )
+    if problem := loop_problem(args):
+        return refused(f"--step_mask {text}: {problem}")
     if args.true_cfg_scale is not None:
         return refused(
             f"--step_mask {text}: the mask counts one forward a step, true CFG runs two; leave out "
