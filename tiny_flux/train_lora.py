@@ -1,10 +1,10 @@
 """Train a small style LoRA of tiny-schnell: `python -m tiny_flux.train_lora`.
 
-The style exchanges the two colours of every picture: "a red circle on a blue background" becomes a
-blue circle on red. Captions stay as they are, so that the adapter alone knows of it; nothing else of
-the pipeline is trained. The style stays within the palette because the autoencoder knows no other
-colours. Measured on held-out prompts: how often the checker reads the exchanged scene, without and
-with the LoRA.
+The style exchanges the two colours of every picture: "a red circle on a blue background" becomes
+a blue circle on red. Captions stay as they are, so that the adapter alone knows of it; nothing else
+of the pipeline is trained. The style stays within the palette because the autoencoder knows no
+other colours. Measured on held-out prompts: how often the checker reads the exchanged scene,
+without and with the LoRA.
 
 Source: Hu et al. 2021, arXiv:2106.09685 (low-rank adaptation)
 """

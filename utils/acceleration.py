@@ -49,7 +49,7 @@ def settle(args) -> None:
     args.acceleration_notes = ()
     if not args.acceleration:
         return
-    name, colon, path = args.acceleration.partition(":")
+    name, _, path = args.acceleration.partition(":")
     preset = PRESETS.get(name)
     if preset is None:
         raise UserError(

@@ -130,7 +130,8 @@ def render(args) -> str:
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
         f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
-        f"steps, guidance {guidance}{_true_cfg(args)}, {args.max_sequence_length} text tokens, seed {args.seed}",
+        f"steps, guidance {guidance}{_true_cfg(args)}, {args.max_sequence_length} text tokens, "
+        f"seed {args.seed}",
         *_scheduler(args),
     ]
     if args.acceleration_notes:

@@ -133,9 +133,7 @@ def main() -> None:
     argv = sys.argv[1:]
     args = parser().parse_args(argv)
     if args.scheduler or args.sigmas or args.true_cfg_scale or args.lora:
-        raise UserError(
-            "--scheduler, --sigmas, --true_cfg_scale, --lora: the sweep is without them"
-        )
+        raise UserError("--scheduler, --sigmas, --true_cfg_scale, --lora: the sweep is without")
     quiet_libraries()
     from utils.artifacts import write_atomically
     from utils.report import fill

@@ -4,12 +4,13 @@ Those of diffusers that solve FLUX.1's flow; what was tried and does not: docs/s
 the table of quality against steps. FLUX.1's own is `euler`, one forward a step. `heun` runs two
 forwards in every step but the last; the multistep solvers reuse earlier ones and run one.
 
-FluxPipeline passes every scheduler a shift `mu` made of the number of image tokens; the solvers that
-were written for diffusion take it only as dynamic shifting, so Schnell, which shifts nothing, gets
-a dynamic shift of 0. They also lose their sigmas in FluxPipeline and make their own, so a written
+FluxPipeline passes every scheduler a shift `mu` made of the number of image tokens; the solvers
+that were written for diffusion take it only as dynamic shifting, so Schnell, which shifts nothing,
+gets a dynamic shift of 0. They also lose their sigmas in FluxPipeline and make their own, so a written
 schedule needs `euler` or `heun`.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -48,8 +49,8 @@ def add_flags(add) -> None:
     add(
         "--sigmas",
         metavar="NAME_OR_LIST",
-        help=f"noise levels: {', '.join(NAMED)}, or written out before the checkpoint's shift, such "
-        "as 1,0.75,0.5,0.25 (their number is the number of steps); euler and heun",
+        help=f"noise levels: {', '.join(NAMED)}, or written out before the checkpoint's shift, "
+        "such as 1,0.75,0.5,0.25 (their number is the number of steps); euler and heun",
     )
 
 
@@ -82,7 +83,7 @@ def problems(args) -> list[str]:
         values = written(args)
     except ValueError:
         return [f"--sigmas {text}: expected {', '.join(NAMED)} or numbers such as 1,0.75,0.5,0.25"]
-    falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+    falling = all(a > b for a, b in itertools.pairwise(values))
     if not (falling and values[-1] > 0 and values[0] <= 1 and all(map(math.isfinite, values))):
         return [f"--sigmas {text}: expected numbers that fall from at most 1, all above 0"]
     if not solver.written:

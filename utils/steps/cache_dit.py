@@ -55,8 +55,8 @@ def check(args) -> Verdict:
         )
     if args.scheduler == "heun":
         return refused(
-            f"--cache_dit_config {path}: the cache counts forwards as steps, heun takes two a step; "
-            "leave one of the two out"
+            f"--cache_dit_config {path}: the cache counts forwards as steps, heun takes two a "
+            "step; leave one of the two out"
         )
     if args.true_cfg_scale is not None:
         return refused(
