@@ -6,43 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_args, optimized
+from lora_pieces import DOUBLE, LAYERS, RANK, write_lora
 from safetensors.torch import load_file, save_file
 
 from utils import loras, quality
 from utils.errors import UserError
 
-RANK = 4
-
-
-def tensors_of(ckpt: str, names: tuple[str, ...], seed: int = 0, scale: float = 0.5) -> dict:
-    """Make a LoRA of random matrices for some layers, in diffusers' names."""
-    layers = loras.layers_of(make_args("--device", "cpu", "--ckpt", ckpt).checkpoint)
-    random, made = torch.Generator().manual_seed(seed), {}
-    for name in names:
-        out, inner = layers[name]
-        down = torch.randn(RANK, inner, generator=random) / inner**0.5
-        made[f"transformer.{name}.lora_A.weight"] = down
-        made[f"transformer.{name}.lora_B.weight"] = scale * torch.randn(out, RANK, generator=random)
-    return made
-
-
-DOUBLE, SINGLE = "transformer_blocks.0.", "single_transformer_blocks.1."
-LAYERS = (
-    *(f"{DOUBLE}attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_v_proj")),
-    f"{DOUBLE}ff.net.0.proj",
-    f"{DOUBLE}norm1.linear",
-    *(f"{SINGLE}{name}" for name in ("attn.to_q", "attn.to_v", "proj_mlp", "proj_out")),
-    "context_embedder",
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Keep two LoRAs of tiny-schnell and one of tiny-dev."""
+    """Keep two LoRAs of tiny-schnell."""
     path = tmp_path_factory.mktemp("loras")
-    save_file(tensors_of("tiny-schnell", LAYERS), path / "a.safetensors")
-    save_file(tensors_of("tiny-schnell", LAYERS[2:5], seed=1), path / "b.safetensors")
-    save_file(tensors_of("tiny-dev", LAYERS), path / "dev.safetensors")
+    write_lora(path / "a.safetensors")
+    write_lora(path / "b.safetensors", LAYERS[2:5], seed=1)
     return path
 
 

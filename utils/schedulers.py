@@ -6,8 +6,8 @@ forwards in every step but the last; the multistep solvers reuse earlier ones an
 
 FluxPipeline passes every scheduler a shift `mu` made of the number of image tokens; the solvers
 that were written for diffusion take it only as dynamic shifting, so Schnell, which shifts nothing,
-gets a dynamic shift of 0. They also lose their sigmas in FluxPipeline and make their own, so a written
-schedule needs `euler` or `heun`.
+gets a dynamic shift of 0. They also lose their sigmas in FluxPipeline and make their own, so a
+written schedule needs `euler` or `heun`.
 """
 
 import itertools
