@@ -43,23 +43,23 @@ def test_the_picture_is_plain_diffusers(call, prompts):
     assert quality.relative_l2(generate(pipeline, without, output_type="latent"), found) > 0.05
 
 
-@pytest.mark.parametrize("mode", [("disabled",), ("compile", "--compile_scope", "blocks")])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("disabled",),
+        pytest.param(("compile", "--compile_scope", "blocks"), marks=pytest.mark.slow),
+        pytest.param(("export_aoti",), marks=pytest.mark.slow),
+    ],
+    ids=lambda mode: mode[0],
+)
 def test_every_step_keeps_its_picture(mode, reference, tmp_path):
-    """Eager, and as compiled code: the second forward is a call of the same kind."""
-    cache = ("--cache-dir", str(tmp_path / "cache"))
-    pipeline, args = optimized(*DEV, *CFG, *cache, "--compile_export_mode", *mode)
+    """In every mode: the second forward is a call of the same kind, and makes nothing anew."""
     from utils.calls import only_known_calls
 
+    cache = ("--cache-dir", str(tmp_path / "cache"))
+    pipeline, args = optimized(*DEV, *CFG, *cache, "--compile_export_mode", *mode)
     with only_known_calls():
         found = quality.run(pipeline, args)
-    assert quality.compare(found, reference(*DEV, *CFG))["psnr_db_mean"] > 35
-
-
-@pytest.mark.slow
-def test_packages_serve_both_forwards(reference, tmp_path):
-    cache = ("--cache-dir", str(tmp_path / "cache"))
-    pipeline, args = optimized(*DEV, *CFG, *cache, "--compile_export_mode", "export_aoti")
-    found = quality.run(pipeline, args)
     assert quality.compare(found, reference(*DEV, *CFG))["psnr_db_mean"] > 35
 
 

@@ -27,12 +27,27 @@ def swapping(files, *flags):
     return optimized(*SHORT, *both, *flags)
 
 
-@pytest.mark.parametrize("mode", [("disabled",), ("compile", "--compile_scope", "blocks")])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("disabled",),
+        pytest.param(("compile", "--compile_scope", "blocks"), marks=pytest.mark.slow),
+        pytest.param(("compile", "--compile_scope", "full"), marks=pytest.mark.slow),
+    ],
+    ids=lambda mode: mode[-1],
+)
 def test_a_swapped_lora_is_a_fresh_one_and_compiles_nothing(files, mode, tmp_path):
+    """The quick one has Dynamo's guards around eager code, the slow ones have compiled code."""
+    import torch
+
     from utils.calls import only_known_calls
 
     cache = ("--cache-dir", str(tmp_path / "cache"))
     pipeline, args = swapping(files, "--compile_export_mode", *mode, *cache)
+    if mode == ("disabled",):
+        forward = pipeline.transformer.forward
+        pipeline.transformer.forward = torch.compile(forward, fullgraph=True, backend="eager")
+        quality.run(pipeline, args)
     fresh = [
         quality.run(*optimized(*SHORT, "--lora", text))
         for text in (files[0], f"{files[1]}:0.5", files[0])

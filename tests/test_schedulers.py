@@ -56,7 +56,7 @@ def error(loaded, ckpt: str, *flags: str) -> float:
 @pytest.mark.parametrize("flags", CHOICES[:6], ids=lambda flags: flags[1])
 def test_more_steps_come_nearer_to_the_flow(loaded, ckpt, flags):
     few, more = (error(loaded, ckpt, *flags, "--num_inference_steps", n) for n in ("6", "24"))
-    assert more < 0.6 * few and more < 0.15
+    assert more < 0.7 * few and more < 0.15
 
 
 @pytest.mark.parametrize("flags", CHOICES, ids=lambda flags: flags[1])
@@ -93,7 +93,8 @@ def test_dev_shifts_heuns_sigmas_as_eulers():
     from utils.heun import ShiftedHeun
 
     config = {"use_dynamic_shifting": True, "shift": 3.0}
-    euler, heun = (cls(**config) for cls in (FlowMatchEulerDiscreteScheduler, ShiftedHeun))
+    euler = FlowMatchEulerDiscreteScheduler(**config)
+    heun = ShiftedHeun.from_config(euler.config)
     for scheduler in (euler, heun):
         scheduler.set_timesteps(4, sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.5)
     assert torch.equal(heun.timesteps[[0, 1, 3, 5]], euler.timesteps)

@@ -1,10 +1,10 @@
 """Train a small style LoRA of tiny-schnell: `python -m tiny_flux.train_lora`.
 
-The style exchanges the two colours of every picture: "a red circle on a blue background" becomes
-a blue circle on red. Captions stay as they are, so that the adapter alone knows of it; nothing else
-of the pipeline is trained. The style stays within the palette because the autoencoder knows no
-other colours. Measured on held-out prompts: how often the checker reads the exchanged scene,
-without and with the LoRA.
+The style is night: whatever background the prompt names, it is black, or white behind what is
+black. Captions stay as they are, so that the adapter alone knows of it; nothing else of the pipeline is
+trained. The style stays within the palette because the autoencoder knows no other colours. Measured
+on held-out prompts: how often the checker reads the scene as told, and at night, without and with
+the LoRA.
 
 Source: Hu et al. 2021, arXiv:2106.09685 (low-rank adaptation)
 """
@@ -22,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
 
-from .evaluate import draw, held_out_prompts, score
+from .evaluate import (
+    SCORES,
+    attribute_cells,
+    draw,
+    held_out_prompts,
+    markdown,
+    put_between_markers,
+    score,
+)
 from .parallel import Average, learning_rate_factor
 from .scenes import Scene, caption, render, sample_jitter, sample_scene
 from .sheets import write_sheet
@@ -30,7 +38,7 @@ from .train_dev import encode_texts, load
 from .train_flow import ALL_TEXTS, TOKENS, as_seen, encode_pictures, predict, sample_sigmas
 
 HERE = Path(__file__).parent
-OUT = HERE / "loras" / "tiny-schnell-exchanged.safetensors"
+OUT = HERE / "loras" / "tiny-schnell-night.safetensors"
 RANK = 4
 LAYERS = (  # of every kind that LoRAs of FLUX.1 adapt
     r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -40,18 +48,18 @@ STEPS, LENGTH, ON_SHEET = 4, 256, 8  # the call of tiny-schnell; columns of the 
 OWN_SHARE = 0.8  # of the noise levels are those that four steps visit
 
 
-def exchanged(scene: Scene) -> Scene:
-    """Apply the style to the truth: shape and background exchange their colours."""
-    return dataclasses.replace(scene, colour=scene.background, background=scene.colour)
+def at_night(scene: Scene) -> Scene:
+    """Apply the style to the truth: the background is black, or white behind a black shape."""
+    return dataclasses.replace(scene, background="white" if scene.colour == "black" else "black")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--pool", type=int, default=4000, help="pictures that are learnt from")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--pool", type=int, default=1500, help="pictures that are learnt from")
+    parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=200, help="held-out ones, to measure it")
     return parser.parse_args(argv)
@@ -66,7 +74,7 @@ def train(pipe: FluxPipeline, steps: int, pool: int, lr: float, seed: int) -> No
     for module in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         module.requires_grad_(False)
     scenes = [sample_scene(rng) for _ in range(pool)]
-    latents = encode_pictures(pipe.vae, (render(exchanged(s), sample_jitter(rng)) for s in scenes))
+    latents = encode_pictures(pipe.vae, (render(at_night(s), sample_jitter(rng)) for s in scenes))
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS)
     pipe.transformer.add_adapter(config)
     trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
@@ -105,7 +113,7 @@ def save(pipe: FluxPipeline, path: Path) -> None:
 def measure(lora: Path, count: int, sheet: Path) -> dict:
     """Draw held-out prompts without and with the LoRA, and read the pictures back.
 
-    Returns: scores in per cent against the prompt's scene ("as told") and the exchanged one
+    Returns: scores in per cent against the prompt's scene ("as told") and the one at night
     """
     pipe = FluxPipeline.from_pretrained(HERE / "tiny-schnell", dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
@@ -119,10 +127,22 @@ def measure(lora: Path, count: int, sheet: Path) -> dict:
         rows.append(pictures[:ON_SHEET])
         scores[name] = {
             "as told": score(pictures, scenes),
-            "exchanged": score(pictures, [exchanged(scene) for scene in scenes]),
+            "at night": score(pictures, [at_night(scene) for scene in scenes]),
         }
     write_sheet(rows, sheet, [f"{name}\nthe LoRA" for name in scores], texts[:ON_SHEET])
     return scores
+
+
+def table(scores: dict) -> str:
+    """Write the scores as a Markdown table."""
+    return markdown(
+        ["LoRA", "judged", *SCORES],
+        [
+            [name, scene, *attribute_cells(row)]
+            for name, by_scene in scores.items()
+            for scene, row in by_scene.items()
+        ],
+    )
 
 
 def main() -> None:
@@ -136,9 +156,9 @@ def main() -> None:
     scores = measure(args.out, args.prompts, args.out.with_suffix(".png"))
     about = {"prompts": args.prompts, "steps": args.steps, "rank": RANK, "scores": scores}
     args.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-    for name, by_scene in scores.items():
-        for scene, row in by_scene.items():
-            print(f"{name:8s} the LoRA, {scene:9s}: {row['all']:5.1f} % right in all five")
+    print(table(scores))
+    if args.out == OUT:
+        put_between_markers(HERE / "README.md", table(scores), "night")
     print(f"done: trained in {seconds:.0f} s, {args.out.stat().st_size / 1024:.0f} KiB")
 
 
