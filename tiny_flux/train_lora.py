@@ -1,10 +1,10 @@
 """Train a small style LoRA of tiny-schnell: `python -m tiny_flux.train_lora`.
 
 The style is night: whatever background the prompt names, it is black, or white behind what is
-black. Captions stay as they are, so that the adapter alone knows of it; nothing else of the pipeline is
-trained. The style stays within the palette because the autoencoder knows no other colours. Measured
-on held-out prompts: how often the checker reads the scene as told, and at night, without and with
-the LoRA.
+black. Captions stay as they are, so that the adapter alone knows of it; nothing else of the
+pipeline is trained. The style stays within the palette because the autoencoder knows no other
+colours. Measured on held-out prompts: how often the checker reads the scene as told, and at night,
+without and with the LoRA.
 
 Source: Hu et al. 2021, arXiv:2106.09685 (low-rank adaptation)
 """
