@@ -20,6 +20,7 @@ CHOICES = [
     ("--sigmas", "exponential"),
     ("--sigmas", "beta"),
     ("--sigmas", "1,0.8,0.5,0.3,0.1"),
+    ("--sigmas", "1,0.8,0.5,0.3,0.1", "--scheduler", "heun"),
 ]
 
 
@@ -59,7 +60,7 @@ def test_more_steps_come_nearer_to_the_flow(loaded, ckpt, flags):
     assert more < 0.7 * few and more < 0.15
 
 
-@pytest.mark.parametrize("flags", CHOICES, ids=lambda flags: flags[1])
+@pytest.mark.parametrize("flags", CHOICES, ids="-".join)
 def test_the_optimised_picture_is_plain_diffusers(flags, reference):
     steps = () if flags[0] == "--sigmas" and "," in flags[1] else ("--num_inference_steps", "5")
     pipeline, args = optimized(*DEV, *steps, *flags)
@@ -105,6 +106,7 @@ def test_dev_shifts_heuns_sigmas_as_eulers():
     ("flags", "expected"),
     [
         (("--sigmas", "karras", "--scheduler", "dpm"), "--sigmas karras: found --scheduler dpm"),
+        (("--sigmas", "beta", "--scheduler", "heun"), "expected euler (diffusers' other solvers"),
         (("--sigmas", "1,0.5", "--scheduler", "unipc"), "passes unipc no sigmas"),
         (("--sigmas", "quadratic"), "expected default, karras, exponential, beta or numbers"),
         (("--sigmas", "0.5,0.7"), "expected numbers that fall"),

@@ -23,7 +23,7 @@ from utils.schedulers import SOLVERS
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "schedulers.md"
 STEPS = (4, 6, 8, 12, 16, 20, 28)
-CONVERGED = ("heun", "default", 150)
+CONVERGED = ("heun", "default", 100)
 
 
 def points() -> list[tuple[str, str]]:

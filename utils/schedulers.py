@@ -29,10 +29,11 @@ class Solver:
     config: dict = field(default_factory=dict)
 
 
+SCHEDULES_LOST = "diffusers' other solvers ignore it or take a diffusion model's noise levels"
 NAMED = ("default", "karras", "exponential", "beta")
 SOLVERS = {
     "euler": Solver(EULER, NAMED, written=True),
-    "heun": Solver("ShiftedHeun", NAMED, written=True, evaluations=2),
+    "heun": Solver("ShiftedHeun", written=True, evaluations=2),
     "dpm": Solver("DPMSolverMultistepScheduler", config=FLOW | {"solver_order": 2}),
     "unipc": Solver("UniPCMultistepScheduler", config=FLOW | {"solver_order": 2}),
 }
@@ -49,7 +50,7 @@ def add_flags(add) -> None:
     add(
         "--sigmas",
         metavar="NAME_OR_LIST",
-        help=f"noise levels: {', '.join(NAMED)}, or written out before the checkpoint's shift, "
+        help=f"noise levels: {', '.join(NAMED)} (euler), or written out before the checkpoint's shift, "
         "such as 1,0.75,0.5,0.25 (their number is the number of steps); euler and heun",
     )
 
@@ -75,10 +76,7 @@ def problems(args) -> list[str]:
     if text in NAMED:
         if text in solver.schedules:
             return []
-        return [
-            f"--sigmas {text}: found --scheduler {name}, expected euler or heun ({name} would take "
-            "a diffusion model's noise levels, not a flow's)"
-        ]
+        return [f"--sigmas {text}: found --scheduler {name}, expected euler ({SCHEDULES_LOST})"]
     try:
         values = written(args)
     except ValueError:
