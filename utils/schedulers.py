@@ -50,8 +50,8 @@ def add_flags(add) -> None:
     add(
         "--sigmas",
         metavar="NAME_OR_LIST",
-        help=f"noise levels: {', '.join(NAMED)} (euler), or written out before the checkpoint's shift, "
-        "such as 1,0.75,0.5,0.25 (their number is the number of steps); euler and heun",
+        help=f"noise levels: {', '.join(NAMED)} (euler), or written out before the checkpoint's "
+        "shift, such as 1,0.75,0.5,0.25, a step each (euler, heun)",
     )
 
 
