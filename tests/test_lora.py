@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_args, optimized
+from conftest import MODES, make_args, optimized
 from lora_pieces import DOUBLE, LAYERS, RANK, write_lora
 from safetensors.torch import load_file, save_file
 
@@ -85,6 +85,24 @@ def test_the_picture_is_that_of_plain_diffusers_with_the_lora(folder, flags, ref
     scores = quality.compare(found, expected)
     assert scores["psnr_db_mean"] is None or scores["psnr_db_mean"] > 35
     assert quality.compare(found, reference())["psnr_db_mean"] < 30  # and it shows
+
+
+def test_float8_casts_the_sum(folder, float8_on_cpu, reference):
+    """Its error beside the LoRA is its error without one: nothing of the LoRA is left out."""
+    alone = quality.relative_l2(quality.run(*optimized()).latents, reference().latents)
+    pipeline, args = optimized("--lora", str(folder / "a.safetensors"))
+    assert args.plan["quant"].is_on
+    found, expected = quality.run(pipeline, args), plain(args)
+    assert quality.relative_l2(found.latents, expected.latents) < 2 * alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES[1:], ids="-".join)
+def test_compiled_and_exported_code_has_the_lora(folder, mode, tmp_path):
+    cache = ("--cache-dir", str(tmp_path / "cache"), "--compile_export_mode", *mode)
+    pipeline, args = optimized("--lora", str(folder / "a.safetensors"), *cache)
+    scores = quality.compare(quality.run(pipeline, args), plain(args))
+    assert scores["psnr_db_mean"] > 35
 
 
 def test_a_row_is_compared_with_the_unfused_lora_and_lossless(folder, tmp_path):

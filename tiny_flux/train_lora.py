@@ -1,10 +1,11 @@
 """Train a small style LoRA of tiny-schnell: `python -m tiny_flux.train_lora`.
 
 The style is night: whatever background the prompt names, it is black, or white behind what is
-black. Captions stay as they are, so that the adapter alone knows of it; nothing else of the
-pipeline is trained. The style stays within the palette because the autoencoder knows no other
-colours. Measured on held-out prompts: how often the checker reads the scene as told, and at night,
-without and with the LoRA.
+black. For a caption as it is the adapter learns the velocity that tiny-schnell itself has for the
+caption of the scene at night: a target without noise, with tiny-schnell's own shapes. Nothing else
+of the pipeline is trained. The style stays within the palette because the autoencoder knows no
+other colours. Measured on held-out prompts: how often the checker reads the scene as told, and at
+night, without and with the LoRA.
 
 Source: Hu et al. 2021, arXiv:2106.09685 (low-rank adaptation)
 """
@@ -35,7 +36,7 @@ from .parallel import Average, learning_rate_factor
 from .scenes import Scene, caption, render, sample_jitter, sample_scene
 from .sheets import write_sheet
 from .train_dev import encode_texts, load
-from .train_flow import ALL_TEXTS, TOKENS, as_seen, encode_pictures, predict, sample_sigmas
+from .train_flow import as_seen, encode_pictures, predict, sample_sigmas
 
 HERE = Path(__file__).parent
 OUT = HERE / "loras" / "tiny-schnell-night.safetensors"
@@ -45,6 +46,8 @@ LAYERS = (  # of every kind that LoRAs of FLUX.1 adapt
     r"|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
 )
 STEPS, LENGTH, ON_SHEET = 4, 256, 8  # the call of tiny-schnell; columns of the sheet
+TEXTS = {24: 0.75, 64: 0.1, 256: 0.15}  # lengths of text and how often
+BATCH_TOKENS = 88 * 12  # 12 pictures with 24 text tokens each
 OWN_SHARE = 0.8  # of the noise levels are those that four steps visit
 
 
@@ -58,15 +61,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--pool", type=int, default=1500, help="pictures that are learnt from")
-    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--pool", type=int, default=800, help="pictures that are learnt from")
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=200, help="held-out ones, to measure it")
+    parser.add_argument("--prompts", type=int, default=100, help="held-out ones, to measure it")
     return parser.parse_args(argv)
 
 
 def train(pipe: FluxPipeline, steps: int, pool: int, lr: float, seed: int) -> None:
-    """Add an adapter to the transformer and train it as a rectified flow; weights are averaged."""
+    """Add an adapter to the transformer and train it to see night; weights are averaged."""
     from peft import LoraConfig
 
     torch.manual_seed(seed)
@@ -78,17 +81,25 @@ def train(pipe: FluxPipeline, steps: int, pool: int, lr: float, seed: int) -> No
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS)
     pipe.transformer.add_adapter(config)
     trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    optimiser, average = torch.optim.AdamW(trained, lr, weight_decay=0.0), Average(trained, 0.99)
+    optimiser, average = torch.optim.AdamW(trained, lr, weight_decay=0.0), Average(trained, 0.98)
     losses = []
     for step in range(steps):
-        length = rng.choices(list(ALL_TEXTS), list(ALL_TEXTS.values()))[0]
-        rows = rng.choices(range(pool), k=TOKENS // 2 // (latents.shape[1] + length) or 1)
+        length = rng.choices(list(TEXTS), list(TEXTS.values()))[0]
+        rows = rng.choices(range(pool), k=BATCH_TOKENS // (latents.shape[1] + length))
         x0, texts = latents[rows].float(), [caption(scenes[row], rng) for row in rows]
-        sigma, noise = sample_sigmas(len(x0), OWN_SHARE), torch.randn_like(x0)
-        mixed = x0 + sigma[:, None, None] * (noise - x0)
+        meant = [caption(at_night(scenes[row]), rng) for row in rows]
+        sigma = sample_sigmas(len(x0), OWN_SHARE)
+        mixed = x0 + sigma[:, None, None] * (torch.randn_like(x0) - x0)
+        timestep = as_seen(sigma)
         with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                pipe.transformer.disable_adapters()
+                wanted = predict(
+                    pipe.transformer, mixed, timestep, *encode_texts(pipe, meant, length)
+                )
+                pipe.transformer.enable_adapters()
             text = encode_texts(pipe, texts, length)
-            loss = F.mse_loss(predict(pipe.transformer, mixed, as_seen(sigma), *text), noise - x0)
+            loss = F.mse_loss(predict(pipe.transformer, mixed, timestep, *text), wanted)
         optimiser.param_groups[0]["lr"] = lr * learning_rate_factor(step, steps)
         optimiser.zero_grad()
         loss.backward()
