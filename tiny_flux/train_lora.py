@@ -45,7 +45,7 @@ LAYERS = (  # of every kind that LoRAs of FLUX.1 adapt
     r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
 )
-STEPS, LENGTH, ON_SHEET = 4, 256, 8  # the call of tiny-schnell; columns of the sheet
+STEPS, LENGTH, ON_SHEET = 4, 256, 6  # the call of tiny-schnell; columns of the sheet
 TEXTS = {24: 0.75, 64: 0.1, 256: 0.15}  # lengths of text and how often
 BATCH_TOKENS = 88 * 12  # 12 pictures with 24 text tokens each
 OWN_SHARE = 0.8  # of the noise levels are those that four steps visit
@@ -60,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--start", type=Path, help="a LoRA of this shape to go on from")
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--pool", type=int, default=800, help="pictures that are learnt from")
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -68,9 +69,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train(pipe: FluxPipeline, steps: int, pool: int, lr: float, seed: int) -> None:
+def train(
+    pipe: FluxPipeline, start: Path | None, steps: int, pool: int, lr: float, seed: int
+) -> None:
     """Add an adapter to the transformer and train it to see night; weights are averaged."""
     from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -80,6 +85,9 @@ def train(pipe: FluxPipeline, steps: int, pool: int, lr: float, seed: int) -> No
     latents = encode_pictures(pipe.vae, (render(at_night(s), sample_jitter(rng)) for s in scenes))
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS)
     pipe.transformer.add_adapter(config)
+    if start:
+        known = {n.removeprefix("transformer."): t for n, t in load_file(start).items()}
+        set_peft_model_state_dict(pipe.transformer, known)
     trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimiser, average = torch.optim.AdamW(trained, lr, weight_decay=0.0), Average(trained, 0.98)
     losses = []
@@ -161,7 +169,7 @@ def main() -> None:
     args = parse_args()
     clock = time.perf_counter()
     pipe = load(HERE / "tiny-schnell")
-    train(pipe, args.steps, args.pool, args.lr, args.seed)
+    train(pipe, args.start, args.steps, args.pool, args.lr, args.seed)
     save(pipe, args.out)
     seconds = time.perf_counter() - clock
     scores = measure(args.out, args.prompts, args.out.with_suffix(".png"))
