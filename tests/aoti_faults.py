@@ -137,7 +137,7 @@ def full_disks(folder: Path) -> Iterator[bool]:
         assert ended(in_child(lambda: build(disk, 0))) == 0
         size = sum(path.stat().st_size for path in disk.iterdir())
         fill = disk / "others"
-        for share in (0.0, 0.5, 0.9, 1.5):  # of a package; two copies are needed while it is made
+        for share in (0.0, 0.3, 0.6, 0.9):  # of a package
             fill.write_bytes(b"")
             fill.write_bytes(bytes(max(0, int(shutil.disk_usage(disk).free - share * size))))
             refused = ended(in_child(lambda: build(disk, 1))) == 2

@@ -7,6 +7,7 @@ import flux_pieces
 import torch
 
 from utils import aoti, artifacts
+from utils.benchmark_utils import create_parser
 from utils.hardware import Machine
 from utils.steps import off, on
 
@@ -70,26 +71,21 @@ def generate(pipeline, args, num_inference_steps=None, output_type="pt"):
 
 
 def make_args(cache_dir, **changes):
-    args = SimpleNamespace(
+    defaults = vars(create_parser().parse_args([]))  # a new step's flags included
+    settings = dict(
         checkpoint=FakeCheckpoint(),
         machine=Machine("cpu", "test processor"),
         dtype=torch.float32,
         plan={"fused_projections": on(), "channels_last": on(), "quant": off("cpu")},
         cache_dir=str(cache_dir),
-        use_cached_model=False,
-        force_export=False,
-        artifact_repo=None,
-        artifact_digest=None,
         compile_export_mode="export_aoti",
         compile_scope="full",
-        compile_text_encoders=False,
         quant_granularity="row",
         disable_inductor_tuning_flags=False,
         height=PIXELS,
         width=PIXELS,
     )
-    vars(args).update(changes)
-    return args
+    return SimpleNamespace(**(defaults | settings | changes))
 
 
 def transformer_call(**changes):

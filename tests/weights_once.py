@@ -121,9 +121,10 @@ def main() -> None:
             assert abs(one - other) < 0.01 * one
     weights = sum(p.numel() * p.element_size() for p in block().parameters())
     print("# Weights once: one double block of FLUX.1, bf16\n")
+    print(f"`python -m tests.weights_once`, torch {torch.__version__}, a CPU\n")
     print(
-        f"`python -m tests.weights_once`, torch {torch.__version__}, a CPU; the weights alone are "
-        f"{weights / 2**20:.1f} MiB\n"
+        f"The block has {weights / 2**20:.1f} MiB of tensors: its weights, and Q, K, V once more "
+        "as diffusers fuses them.\n"
     )
     print("| the block | package, MiB | peak of the process for it, GiB |\n| --- | --- | --- |")
     print("\n".join(rows))

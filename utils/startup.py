@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
@@ -34,8 +36,8 @@ STARTS = {"disabled": ("--compile_export_mode", "disabled")} | {
 }
 STARTUP = Path(__file__).resolve().parent.parent / "results" / "startup"
 HEADER = (
-    "start", "", "first image, s", "image {n}, s", "optimize, s", "CPU, s", "stored, MiB",
-    "peak, GiB",
+    "start", "", "first image, s", "image {n}, s", "an image, s", "optimize, s", "CPU, s",
+    "stored, MiB", "peak, GiB",
 )  # fmt: skip
 
 
@@ -113,9 +115,13 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         memory = row["memory_gib"]
         peak = memory.get("allocated_peak", memory["host_peak"])
-        numbers = [row["images_s"][0], row["images_s"][-1], row["optimize_s"], row.get("cpu_s")]
-        words = ["-" if n is None else f"{n:.1f}" for n in (*numbers, row["stored_mib"])]
-        cells.append((row["start"], row["state"], *words, f"{peak:.2f}"))
+        times = row["images_s"]
+        each = [later - before for before, later in pairwise(times)]
+        seconds = f"{median(each):.2f}" if each else "-"
+        numbers = (row["optimize_s"], row.get("cpu_s"), row["stored_mib"])
+        words = ["-" if n is None else f"{n:.1f}" for n in numbers]
+        ends = (f"{times[0]:.1f}", f"{times[-1]:.1f}", seconds)
+        cells.append((row["start"], row["state"], *ends, *words, f"{peak:.2f}"))
     header = tuple(cell.format(n=len(rows[0]["images_s"])) for cell in HEADER)
     return markdown(header, cells)
 
