@@ -64,6 +64,10 @@ def parse_arguments():
         raise UserError(f"{', '.join(f'--{name}' for name in series)}: expected one of them")
     if args.rows and not series:
         raise UserError(f"--rows: expected together with {', '.join(f'--{s}' for s in SERIES)}")
+    if args.swap_loras:
+        raise UserError("--swap_loras: gen_image.py swaps; a row measures one set of LoRAs")
+    if args.peer and args.lora:
+        raise UserError(f"--peer {args.peer}: no peer adds LoRAs here; leave out --lora")
     if args.peer and series:
         raise UserError(f"--peer {args.peer}: one row; expected without --{series[0]}")
     return args

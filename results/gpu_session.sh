@@ -166,6 +166,16 @@ for part in "$@"; do
             --gguf_mode $mode --compile_export_mode compile --compile_scope blocks
         done
       done ;;
+    guidance) # a second forward a step, and Heun's second evaluation: about twice the loop's time
+      row 145 fp8-blocks $DEV $BLOCKS --num_runs 3
+      row 180 fp8-blocks-true-cfg $DEV $BLOCKS --num_runs 3 --true_cfg_scale 2 --negative_prompt blurry
+      row 180 fp8-blocks-heun $DEV $BLOCKS --num_runs 3 --scheduler heun
+      row 145 fp8-blocks-unipc $DEV $BLOCKS --num_runs 3 --scheduler unipc ;;
+    lora) # fused into float8 with graphs, then swapped in place beside the weights
+      lora=tiny_flux/loras/tiny-schnell-night.safetensors
+      series 140 --ladder --ckpt tiny-schnell --lora $lora --compile_scope blocks --rows eager,quant,compile
+      timeout -k 5 140 python3 gen_image.py --ckpt tiny-schnell --lora $lora --lora $lora:0.5 \
+        --swap_loras $BLOCKS --output-file "$OUT/swapped.png" 2>&1 | tee -a "$OUT/log.txt" | tail -n 8 ;;
     serving) # the served models' components against FluxPipeline, without a server
       for model in clip_encoder t5_encoder dit_transformer vae_decoder bls_orchestrator; do
         echo "=== $model"

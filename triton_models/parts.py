@@ -26,6 +26,10 @@ WHOLE_CALL = (  # flags of steps that change a pipeline's call, or more than one
     "modulation_once",
     "compile_text_encoders",
     "drop_text_padding",
+    "true_cfg_scale",
+    "scheduler",
+    "sigmas",
+    "lora",
 )
 COMPONENTS = tuple(name for names in PARTS.values() for name in names)
 

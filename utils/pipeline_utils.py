@@ -17,6 +17,7 @@ from utils.steps import (
     gguf,
     group_norm,
     inductor_tuning_flags,
+    lora,
     memory,
     modulation,
     persistent_tma,
@@ -28,6 +29,7 @@ from utils.steps import (
 
 STEPS = (
     gguf,  # the weights themselves: all below reads them
+    lora,  # added to them
     fused_projections,  # fused matrices must exist before anything reads them
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
@@ -57,6 +59,7 @@ def load_pipeline(args):
     """
     import diffusers
 
+    from utils import schedulers
     from utils.quiet import no_bars_without_terminal
 
     no_bars_without_terminal()
@@ -78,6 +81,7 @@ def load_pipeline(args):
             what = " ".join(str(error).split())
             raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
         pipeline.to(args.load_device)
+    schedulers.install(pipeline, args)
     pipeline.set_progress_bar_config(disable=None, leave=False)
     return pipeline
 
@@ -107,6 +111,8 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
     """
     import torch
 
+    from utils import guidance, schedulers
+
     count = len(args.prompt) * args.num_images_per_prompt
     call = {
         "prompt": args.prompt,
@@ -117,6 +123,8 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
         "num_images_per_prompt": args.num_images_per_prompt,
         "generator": [torch.Generator("cpu").manual_seed(args.seed + k) for k in range(count)],
         "output_type": output_type,
+        **guidance.call(args),
+        **schedulers.call(args),
     }
     if args.guidance_scale is not None:
         call["guidance_scale"] = args.guidance_scale

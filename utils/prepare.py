@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from utils import checkpoints
+from utils import acceleration, checkpoints, guidance, schedulers
 from utils.errors import UserError
 
 MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
@@ -24,6 +24,7 @@ def prepare(args) -> None:
     Raises: UserError with one line per problem.
     """
     problems = [*number_problems(args), *_path_problems(args)]
+    problems += [*guidance.problems(args), *schedulers.problems(args)]
     if problems:
         raise UserError("\n".join(problems))
     args.ckpt_is_default = args.ckpt is None
@@ -37,6 +38,7 @@ def prepare(args) -> None:
     if args.ckpt_is_default:
         args.ckpt = checkpoints.DEFAULT_CKPT[args.machine.device]
         args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
+    acceleration.settle(args)
     _fill_in(args)
     if problems := _call_problems(args):
         raise UserError("\n".join(problems))

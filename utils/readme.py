@@ -65,6 +65,7 @@ def choices(machine: Machine) -> tuple[str, ...]:
         dtype=torch.bfloat16,
         disable_quant=False,
         gguf_file=None,
+        swap_loras=False,
         quant_granularity="row",
         quant_filter="blocks",
     )

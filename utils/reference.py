@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils import quality
 from utils.progress import say
+from utils.steps import lora
 
 FORMAT = 1
 OTHER_SEED = 1000  # added to the seed; no row reaches that many images
@@ -38,15 +39,18 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
     say("reference", f"plain diffusers, {len(prompts)} prompts, once; kept in {path.parent}")
     if args.gguf_file or args.load_device != args.device:
         pipeline = _load_plain(args, args.dtype)
-    eager = quality.run(pipeline, args, prompts)
     other = copy.copy(args)
     other.seed = args.seed + OTHER_SEED
-    seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
+    with lora.beside(pipeline, args):
+        eager = quality.run(pipeline, args, prompts)
+        seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
     fp32 = None
     if with_fp32:
         exact = copy.copy(args)
         exact.dtype = torch.float32
-        fp32 = quality.run(_load_plain(args, exact.dtype), exact, prompts)
+        pipeline = _load_plain(args, exact.dtype)
+        with lora.beside(pipeline, exact):
+            fp32 = quality.run(pipeline, exact, prompts)
     made = {"eager": eager, "fp32": fp32, "other_seed_psnr_db": seed_db}
     _save(path, identity, made)
     return made, path
@@ -63,6 +67,7 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
     return {
         "format": FORMAT,
         "weights": args.checkpoint.identity(args.cache_dir),
+        "lora": args.plan[lora.NAME].settings,
         "kind": args.checkpoint.kind,
         "prompts": prompts,
         "image": image,

@@ -30,6 +30,8 @@ def check(args) -> Verdict:
         return off("--disable_fused_projections")
     if gguf.is_compressed(args):
         return on(modules="VAE")  # a GGUF's matrices are bytes of types of their own
+    if args.swap_loras:
+        return off("--swap_loras: fused matrices would leave the LoRA's Q, K and V out")
     return on()
 
 

@@ -121,6 +121,8 @@ def _conflict(args) -> str:
         )
     if tier in OFFLOADED and args.fused_kernels:
         return "--fused_kernels is not tried with weights that move; leave it out"
+    if tier in OFFLOADED and args.swap_loras:
+        return "--swap_loras is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.cache_dit_config:
         return "a step cache is not tried with weights that move; leave out --cache_dit_config"
     if tier in TILED and mode == "export_aoti":

@@ -71,6 +71,8 @@ def check(args) -> Verdict:
         return off("--disable_quant")
     if gguf.is_compressed(args):
         return off("a GGUF's weights stay compressed; --gguf_mode dequantize lets float8 take over")
+    if args.swap_loras:
+        return off("--swap_loras: LoRAs beside the weights stay in the model's own dtype")
     reason = lacking(args.machine)
     if reason:
         return unavailable(reason)
