@@ -1,0 +1,1 @@
+"""What stands around the stack: commands of their own that call `optimize()`."""
