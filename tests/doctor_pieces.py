@@ -4,6 +4,7 @@ Each is forked from one warm process (multiprocessing's forkserver), so a real r
 costs a fraction of a second instead of the imports' several.
 """
 
+import importlib.abc
 import io
 import json
 import multiprocessing
@@ -50,6 +51,24 @@ def explain(output: str, folder: Path) -> tuple[int, list[dict]]:
     log.write_text(output)
     done = run("-m", "extras.doctor", "--explain-error", log, "--json", folder=folder)
     return done.code, json.loads(done.output)
+
+
+class Missing(importlib.abc.MetaPathFinder):
+    """Makes a package missing, to whoever imports it."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def without(package: str) -> None:
+    """Make a package missing in this process, though it may have been imported already."""
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Missing(package))
 
 
 def _child(argv: list[str], output: str, around: dict) -> None:

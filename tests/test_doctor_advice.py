@@ -1,7 +1,6 @@
-"""Every advice of the doctor: its failure provoked for real, explained, and where possible cured."""
+"""Every advice of the doctor: its failure provoked for real, explained, cured where possible."""
 
 import http.server
-import importlib.abc
 import os
 import shlex
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import doctor_pieces
 import pytest
-from doctor_pieces import ROOT, Done
+from doctor_pieces import ROOT, Done, without
 
 from extras.doctor.advice import ADVICE, explain, last_line
 
@@ -68,27 +67,13 @@ def on_a_hopper_gpu() -> None:
     hardware.detect = lambda device=None: machine
 
 
-class Missing(importlib.abc.MetaPathFinder):
-    """Makes a package missing, to whoever imports it."""
-
-    def __init__(self, package: str) -> None:
-        self.package = package
-        for name in [name for name in sys.modules if name.split(".")[0] == package]:
-            del sys.modules[name]
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == self.package:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
-
-
 def without_diffusers() -> None:
-    sys.meta_path.insert(0, Missing("diffusers"))
+    without("diffusers")
 
 
 def on_a_hopper_gpu_without_torchao() -> None:
     on_a_hopper_gpu()
-    sys.meta_path.insert(0, Missing("torchao"))
+    without("torchao")
 
 
 def with_torchvision_of_another_build() -> None:
@@ -195,7 +180,7 @@ def test_black_picture(run, explained, tmp_path):
     by_picture = run("-m", "extras.doctor", "--explain-error", tmp_path / "x.png")
     assert by_picture.code == 0 and by_picture.output.startswith("black picture or NaN: image 0")
 
-    python, *argv = shlex.split(check.replace("CKPT", str(copy)))
+    _, *argv = shlex.split(check.replace("CKPT", str(copy)))
     examined = run(*argv)
     assert examined.code == 1
     assert "transformer_blocks.0.ff.net.2.weight holds NaN" in examined.output
@@ -289,7 +274,7 @@ def test_disk_full(run, explained, tmp_path):
         with pytest.raises(UserError) as refusal:
             artifacts.save(small, other, {".pt2": os.urandom(40_000)}, {})
         (command,) = explained(Done(2, f"error: {refusal.value}"))["disk full"]
-        python, *argv = shlex.split(command.replace("5GB", "1kB"))
+        _, *argv = shlex.split(command.replace("5GB", "1kB"))
         assert run(*argv, "--cache-dir", small).code == 0
         artifacts.save(small, other, {".pt2": os.urandom(40_000)}, {})
     finally:
@@ -365,7 +350,7 @@ def test_damaged_checkpoint(run, explained, tmp_path):
     done = run("gen_image.py", "--device", "cpu", "--ckpt", copy)
     assert done.code == 2
     command = explained(done)["damaged checkpoint"][0]
-    python, *argv = shlex.split(command)
+    _, *argv = shlex.split(command)
     examined = run(*argv)
     assert examined.code == 1 and f"vae/{file.name}: cannot be read" in examined.output
 

@@ -30,7 +30,7 @@ ASK = {  # step that is off by default -> the arguments that turn it on
 
 
 def asked(step, args) -> Verdict:
-    """Give a step's verdict if the user asked for it; still "off" where it needs a file to act on."""
+    """Give a step's verdict if the user asked for it; still "off" where it needs a file."""
     args = copy.copy(args)
     vars(args).update(ASK.get(step.NAME, {}))
     return step.check(args)
