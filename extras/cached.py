@@ -14,6 +14,7 @@ at a time, the least recently used ones leave first. Benchmarks never come here.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -70,8 +71,13 @@ def _of_run(args) -> dict:
             if verdict.is_on
         },
         "versions": identity["versions"] | card.versions(),
-        "code": artifacts.code_digest(list(SOURCES.rglob("*.py"))),
+        "code": _sources_digest(),
     }
+
+
+@functools.cache
+def _sources_digest() -> str:
+    return artifacts.code_digest(list(SOURCES.rglob("*.py")))
 
 
 def _flags() -> set[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM = ["torch", "diffusers", "transformers", "PIL.Image", "torchao.quantization"]
+WARM = ["torch._dynamo", "diffusers", "transformers", "PIL.Image", "torchao.quantization"]
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(WARM)
@@ -40,7 +40,7 @@ def run(*argv: str, folder: Path, **around) -> Done:
     target = folder / "output.txt"
     process = FORKS.Process(target=_child, args=(list(map(str, argv)), str(target), around))
     process.start()
-    process.join(timeout=300)
+    process.join(timeout=600)
     assert process.exitcode is not None, f"still running: {argv}"
     return Done(process.exitcode, target.read_text())
 

@@ -246,7 +246,7 @@ def test_benchmarks_have_no_memory(tmp_path):
 def test_the_core_imports_nothing_of_the_extras():
     for file in (*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
-            names += [getattr(node, "module", None) or ""]
             if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names]
+                names += [getattr(node, "module", None) or ""]
                 assert not any(name.split(".")[0] == "extras" for name in names), file

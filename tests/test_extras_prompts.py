@@ -1,6 +1,7 @@
 """Prompts: what the encoders see of them, styles, files, and pictures of a whole file."""
 
 import copy
+from types import SimpleNamespace
 
 import doctor_pieces
 import pytest
@@ -44,11 +45,11 @@ def test_what_is_cut_is_the_end_that_the_encoder_never_gets(tokenizers):
 
 
 def test_the_counts_are_those_that_gen_image_warns_of(tokenizers, args, capsys):
-    from utils.pipeline_utils import load_pipeline
-
     args = copy.copy(args)
     args.prompt = [LONG]
-    lines = report_cut_prompts(load_pipeline(args), args)
+    clip, t5 = tokenizers.values()
+    parts = {"tokenizer": clip, "tokenizer_2": t5, "tokenizer_max_length": clip.model_max_length}
+    lines = report_cut_prompts(SimpleNamespace(**parts), args)
     assert "tokens cut" in capsys.readouterr().err  # gen_image.py does not cut silently
     for line, seen in zip(lines, prompts.look(LONG, tokenizers, 64), strict=True):
         cut = f"{seen.found - seen.window} of {seen.found} tokens cut by {seen.encoder}"
