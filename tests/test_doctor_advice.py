@@ -114,6 +114,17 @@ def test_out_of_memory(run, explained):
     assert done.code == 0, done.output[-2000:]
 
 
+@pytest.mark.gpu
+def test_out_of_gpu_memory(explained):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    with pytest.raises(torch.OutOfMemoryError) as failure:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    assert "out of memory" in explained(Done(1, str(failure.value)))
+
+
 def test_a_killed_process_is_out_of_memory(explained):
     shell = "sleep 60 & kill -9 $!; wait $!"  # the kernel's OOM killer sends the same signal
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
@@ -121,6 +132,7 @@ def test_a_killed_process_is_out_of_memory(explained):
     assert "out of memory" in explained(Done(137, done.stderr))
 
 
+@pytest.mark.slow  # describes all layers of FLUX.1-dev
 def test_weights_larger_than_the_memory(run, explained):
     import psutil
 
@@ -371,12 +383,18 @@ def test_no_compiler(run, explained):
 
 def test_every_advice_was_provoked(request):
     """Last in the file: what no test above provoked is advice that nobody has seen to be right."""
-    names = {item.function.__name__ for item in request.session.items}
-    own = {name for name in globals() if name.startswith("test_")}
-    if not own - {"test_package_of_another_run_cured"} <= names:
+    asked = {item.function.__name__ for item in request.session.items}
+    apart = ("slow", "gpu")
+    own = {
+        name
+        for name, test in globals().items()
+        if name.startswith("test_")
+        and not any(mark.name in apart for mark in getattr(test, "pytestmark", ()))
+    }
+    if not own <= asked:
         pytest.skip("only a part of this file was asked for")
-    skipped = {"disk full", "weights larger than the memory", "no GPU found"}  # by machine
-    assert {one.name for one in ADVICE} - tested <= skipped
+    elsewhere = {"disk full", "weights larger than the memory", "no GPU found"}  # or slow
+    assert {one.name for one in ADVICE} - tested <= elsewhere
 
 
 def test_an_unknown_error_is_not_explained_away(tmp_path):
