@@ -11,12 +11,15 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shlex
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny_flux" / "tiny-schnell"
+COMPILED = ("--compile_export_mode", "compile")
 WARM = ["torch._dynamo", "diffusers", "transformers", "PIL.Image", "torchao.quantization"]
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -51,6 +54,16 @@ def explain(output: str, folder: Path) -> tuple[int, list[dict]]:
     log.write_text(output)
     done = run("-m", "extras.doctor", "--explain-error", log, "--json", folder=folder)
     return done.code, json.loads(done.output)
+
+
+def cured(command: str, flags: tuple, **words: str) -> list[str]:
+    """Write a command of the doctor's as argv: `...` becomes the failed run's flags."""
+    for name, value in words.items():
+        command = command.replace(name, value)
+    python, *argv = shlex.split(command)
+    assert python == "python"
+    at = argv.index("...")
+    return [*argv[:at], *map(str, flags), *argv[at + 1 :]]
 
 
 class Missing(importlib.abc.MetaPathFinder):
