@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def is_package(self) -> bool:
-        return NAME.match(self.name + ".") is not None and not _is_other(Path(self.name))
+        return NAME.match(self.name + ".") is not None
 
 
 def parse_size(text: str) -> int:
@@ -104,14 +104,7 @@ def covers(identity: dict) -> str:
 
 def package_names(root: Path) -> list[str]:
     """Name every package of which there is anything at all."""
-    return sorted(
-        {m[1] for path in root.iterdir() if not _is_other(path) and (m := NAME.match(path.name))}
-    )
-
-
-def _is_other(path: Path) -> bool:
-    """Whether a file is one of OTHERS, whose names may look like a package's."""
-    return any(path.match(pattern) for pattern in OTHERS)
+    return sorted({m[1] for path in root.iterdir() if (m := NAME.match(path.name))})
 
 
 def package(root: Path, name: str) -> Entry | None:
