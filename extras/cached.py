@@ -37,7 +37,7 @@ NEUTRAL = {  # flags that decide where things lie or whether the run starts, nev
 }
 EXPLAINS = ("why",)  # settings that give a reason and change nothing
 SOURCES = Path(artifacts.__file__).parent.parent  # utils: whoever edits a step wants its picture
-FIRST = ".0.png"  # ending of a request's first picture
+FIRST = ".png0"  # ending of a request's first picture
 TEXT = ".safetensors"
 
 
@@ -102,7 +102,7 @@ def find_pictures(root: Path, identity: dict) -> tuple[list[bytes], list[str]]:
     package, lines = artifacts.find(root, identity, FIRST)
     if package is None:
         return [], lines
-    names = [f".{k}.png" for k in range(len(package.files))]
+    names = [f".png{k}" for k in range(len(package.files))]
     return [package.files[name].read_bytes() for name in names], []
 
 
@@ -170,7 +170,7 @@ def make(args, root: Path, identity: dict) -> list[Path]:
     pipeline = optimize(load_pipeline(args), args)
     remember_text(pipeline, args, root, seen)
     paths = save_images(generate(pipeline, args), args, reused_steps(pipeline, args))
-    pictures = {f".{k}.png": path.read_bytes() for k, path in enumerate(paths)}
+    pictures = {f".png{k}": path.read_bytes() for k, path in enumerate(paths)}
     artifacts.save(root, identity, pictures, {})
     print(f"text        {'found' if seen['hits'] else 'encoded and stored'}")
     return paths

@@ -172,18 +172,16 @@ def test_a_call_that_cannot_be_is_a_problem_and_the_rest_is_still_examined(tmp_p
 
 
 def test_a_wrong_picture_fails_the_self_test(tmp_path, monkeypatch):
-    import torch
     from safetensors.torch import load_file, save_file
 
     copy = tmp_path / "tiny-schnell"
     shutil.copytree(ROOT / "tiny_flux" / "tiny-schnell", copy)
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    torch.manual_seed(0)
     weights = load_file(file)
-    name = "decoder.conv_in.weight"
-    weights[name] = weights[name] + 0.2 * torch.randn(weights[name].shape)
+    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+        weights[name] = weights[name][[1, 2, 0]].contiguous()  # red for blue
     save_file(weights, file, metadata={"format": "pt"})
     monkeypatch.setattr(checkpoints, "BUNDLED_DIR", tmp_path)
     found = self_test.run(["--device", "cpu"])
     assert [one.state for one in found[:2]] == ["problem", "problem"]
-    assert "wrong shape" in found[0].text
+    assert "wrong colour, background" in found[0].text

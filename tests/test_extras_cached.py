@@ -185,7 +185,7 @@ def test_another_seed_takes_the_embeddings_of_the_first(first, tmp_path):
 )
 def test_a_damaged_entry_is_found_and_made_again(first, harm):
     folder, _, picture = first
-    (stored,) = [p for p in (folder / "memory").glob("*.0.png") if p.read_bytes() == picture]
+    (stored,) = [p for p in (folder / "memory").glob("*.png0") if p.read_bytes() == picture]
     name = stored.name.rsplit("-", 1)[0]
     if harm == "cut off":
         stored.write_bytes(picture[:100])
