@@ -138,6 +138,8 @@ def render(args) -> str:
         lines.append(f"preset      {args.acceleration}: {', '.join(args.acceleration_notes)}")
     mode = args.compile_export_mode
     lines.append(f"mode        {mode}" + (f" ({args.mode_reason})" if args.mode_reason else ""))
+    if args.memory_why:  # not among the step's settings: two runs differ in it, not their pictures
+        lines.append(f"memory      tier {args.tier}, chosen for {args.memory_why}")
     if args.random_weights:
         lines.append("note        random weights: the picture means nothing")
     for name, verdict in args.plan.items():

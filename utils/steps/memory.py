@@ -100,9 +100,8 @@ def check(args) -> Verdict:
     if problem := _conflict(args):
         why = f" (chosen: {args.memory_why})" if args.memory_why else ""
         return refused(f"--memory {args.tier}{why}: {problem}")
-    about = {"why": args.memory_why} if args.memory_why else {}
     lossless = args.tier not in TILED or max(args.height, args.width) <= tile_edge(args)
-    return on(lossless=lossless, tier=args.tier, estimate=str(args.memory_estimate), **about)
+    return on(lossless=lossless, tier=args.tier, estimate=str(args.memory_estimate))
 
 
 def _conflict(args) -> str:
