@@ -12,12 +12,17 @@ def main() -> None:
     args = create_parser("Make images with every optimisation on.").parse_args()
 
     quiet_libraries()
+    from utils.prepare import begin
+
+    produce(*begin(args), args)
+
+
+def produce(pipeline, load_s: float, args) -> None:
+    """Optimise a loaded pipeline, generate, save, and say what it took; extras/ do so too."""
     from utils import card, cudagraph
     from utils.images import save_images
     from utils.pipeline_utils import generate, optimize, reused_steps
-    from utils.prepare import begin
 
-    pipeline, load_s = begin(args)
     start = time.perf_counter()
     optimize(pipeline, args)
     optimized = time.perf_counter()

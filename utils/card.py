@@ -93,7 +93,7 @@ def gpu_state(args) -> dict:
 
 
 def call(args) -> dict:
-    """Collect what decides the picture, apart from the steps."""
+    """Collect what decides the picture, apart from the steps; `args.also` is a caller's own part."""
     return {
         "ckpt": args.ckpt,
         "random_weights": args.random_weights,
@@ -106,6 +106,7 @@ def call(args) -> dict:
         "max_sequence_length": args.max_sequence_length,
         "num_images_per_prompt": args.num_images_per_prompt,
         "dtype": str(args.dtype).removeprefix("torch."),
+        **getattr(args, "also", {}),
     }
 
 
@@ -123,6 +124,8 @@ def render(args) -> str:
         f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
         f"steps, guidance {guidance}, {args.max_sequence_length} text tokens, seed {args.seed}",
     ]
+    if also := getattr(args, "also", {}):
+        lines.append("also        " + ", ".join(f"{key} {value}" for key, value in also.items()))
     mode = args.compile_export_mode
     lines.append(f"mode        {mode}" + (f" ({args.mode_reason})" if args.mode_reason else ""))
     if args.random_weights:

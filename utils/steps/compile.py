@@ -171,7 +171,7 @@ def _store(root: Path, identity: dict) -> None:
 
 
 def apply(pipeline, args) -> None:
-    """Compile both components and make the run's own call once: timed runs compile nothing."""
+    """Compile the components and make the run's own call once: timed runs compile nothing."""
     import torch
 
     from utils.artifacts import open_cache
@@ -187,7 +187,7 @@ def apply(pipeline, args) -> None:
         "options": compiler_options(args),
     }
     for name, module in components(pipeline).items():
-        if name == "transformer" and args.compile_scope == "blocks":
+        if args.compile_scope == "blocks" and getattr(module, "_repeated_blocks", None):
             module.compile_repeated_blocks(**how)
         else:
             module.forward = torch.compile(module.forward, **how)
