@@ -1,1 +1,1 @@
-"""What stands around the core: each command calls load_pipeline() and optimize() as the scripts do."""
+"""What stands around the core: commands that call load_pipeline() and optimize() as scripts do."""

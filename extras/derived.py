@@ -88,11 +88,12 @@ def fit(args, image) -> None:
         shrink = args.height / image.height
     elif args.width and not args.height:
         shrink = args.width / image.width
-    args.height = args.height or _grid(image.height * shrink)
-    args.width = args.width or _grid(image.width * shrink)
+    args.height = args.height or grid(image.height * shrink)
+    args.width = args.width or grid(image.width * shrink)
 
 
-def _grid(edge: float) -> int:
+def grid(edge: float) -> int:
+    """Round an edge down to what FLUX draws. Units: px"""
     return max(16, round(edge) // 16 * 16)
 
 
@@ -118,7 +119,8 @@ def count(args) -> int:
 def derive(pipeline, args, name: str, components: dict | None = None, **call):
     """Make diffusers' pipeline `name` of the loaded components, with its own arguments bound.
 
-    `components` are those that it has beyond FluxPipeline's.
+    Before `optimize()`: diffusers casts all components, float8 weights included. `components` are
+    those that it has beyond FluxPipeline's.
     """
     import diffusers
 
@@ -126,6 +128,15 @@ def derive(pipeline, args, name: str, components: dict | None = None, **call):
     if type(pipeline) is not kind:  # Fill is loaded as what it is
         pipeline = kind.from_pipe(pipeline, dtype=args.dtype, **(components or {}))
         pipeline.set_progress_bar_config(disable=None, leave=False)
+    return bind(pipeline, **call)
+
+
+def bind(pipeline, **call):
+    """Give the pipeline arguments that every call has from here on, instead of those it had."""
+    import diffusers
+
+    name = type(pipeline).__name__
+    kind = getattr(diffusers, name)
 
     def bound_call(self, **of_the_run):
         return kind.__call__(self, **call, **of_the_run)

@@ -2,8 +2,8 @@
 
 White in the mask is redrawn, black is kept. With a Schnell or Dev checkpoint FluxInpaintPipeline:
 after every step the kept part is put back as latents, with the noise of that step. With a Fill
-checkpoint (FLUX.1-Fill-dev: a transformer of 384 input channels) FluxFillPipeline, which was trained
-to see the mask. Both decode the whole picture, so that kept pixels go through the VAE as well;
+checkpoint (FLUX.1-Fill-dev: a transformer of 384 input channels) FluxFillPipeline, which was
+trained to see the mask. Both decode the whole picture, so kept pixels go through the VAE as well;
 --paste puts the original's pixels back. Latents are 8 pixels wide: so are the mask's steps.
 """
 

@@ -1,4 +1,4 @@
-"""Control images from pictures: edges, lines, depth, each as the ControlNets of that kind expect it.
+"""Control images from pictures: edges, lines, depth, as the ControlNets of that kind expect them.
 
 Edges and lines are OpenCV's and need no weights. Depth is a transformers model, named by
 --depth_model: a folder, or a hub id. A pose's skeleton is drawn elsewhere (controlnet_aux has the

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers import FluxControlNetModel, FluxPipeline
 from PIL import Image
 
 from extras.preprocess import canny
@@ -70,9 +70,14 @@ def sample_text(scene: Scene, rng: random.Random) -> str:
 
 
 def velocity(
-    pipe: FluxPipeline, controlnet, x: torch.Tensor, timestep: torch.Tensor, texts: list, length: int,
+    pipe: FluxPipeline,
+    controlnet: FluxControlNetModel,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    texts: list[str],
+    length: int,
     edges: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Call ControlNet and transformer as FluxControlNetPipeline does.
 
     Shapes: x, edges and result [B, 64 tokens, 64]; timestep [B]

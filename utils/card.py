@@ -93,7 +93,7 @@ def gpu_state(args) -> dict:
 
 
 def call(args) -> dict:
-    """Collect what decides the picture, apart from the steps; `args.also` is a caller's own part."""
+    """Collect what decides the picture, apart from the steps; `args.also`: what an extra adds."""
     return {
         "ckpt": args.ckpt,
         "random_weights": args.random_weights,

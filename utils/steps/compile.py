@@ -186,7 +186,7 @@ def apply(pipeline, args) -> None:
         "dynamic": dynamic(args.machine),
         "options": compiler_options(args),
     }
-    for name, module in components(pipeline).items():
+    for module in components(pipeline).values():
         if args.compile_scope == "blocks" and getattr(module, "_repeated_blocks", None):
             module.compile_repeated_blocks(**how)
         else:
