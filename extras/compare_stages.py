@@ -69,6 +69,21 @@ def _quality(pictures: list, scenes: list) -> dict[str, float]:
     return {name: round(found[name], 1) for name in ("all", "shape", "position", "overlap")}
 
 
+def table(rows: list[dict]) -> str:
+    """Write rows as a Markdown table: each size, both ways."""
+    from tiny_flux.evaluate import markdown
+
+    head = ["checkpoint", "size", "how", "s/picture", "of it", "all five right", "shape", "overlap"]
+    cells = []
+    for row in rows:
+        spent, quality = row["seconds"], row["quality"]
+        split = ", ".join(f"{name} {s / row['total_s']:.0%}" for name, s in spent.items())
+        right = [f"{quality[name]} %" for name in ("all", "shape", "overlap")]
+        size, total = f"{row['size']}x{row['size']}", f"{row['total_s']:.2f}"
+        cells.append([row["ckpt"], size, row["how"], total, split, *right])
+    return markdown(head, cells)
+
+
 def main() -> None:
     """Load once, compare at every size, append the rows."""
     args = parse()
@@ -91,6 +106,7 @@ def main() -> None:
     lines = [json.dumps(about | row | {"environment": card.environment(args)}) for row in rows]
     with args.results.open("a") as file:
         file.write("".join(line + "\n" for line in lines))
+    print(table([json.loads(line) for line in args.results.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

@@ -209,6 +209,30 @@ def test_refusals(flags, expected, scene, union):
     assert expected in refusal(*(places.get(flag, flag) for flag in flags))
 
 
+def test_the_shape_follows_the_edges_and_without_the_net_it_does_not():
+    """Held-out scenes; the bounds lie between the rows of tiny_flux/evaluation-controlnet.json."""
+    from diffusers import FluxControlNetPipeline
+
+    from tiny_flux import evaluate_controlnet
+
+    pipe = FluxControlNetPipeline.from_pipe(plain(), dtype=torch.bfloat16, controlnet=edges())
+    pipe.set_progress_bar_config(disable=True)
+    scenes = evaluate_controlnet.held_out_scenes(10, seed=7)
+    found = {}
+    for scale in (0.0, 1.0):
+        drawn = evaluate_controlnet.draw(pipe, scenes, scale, seed=7)
+        found[scale] = evaluate_controlnet.score(drawn, scenes)
+    assert found[1.0]["mean_overlap"] > 60 > 40 > found[0.0]["mean_overlap"], found
+    assert found[1.0]["centre_off_px"] < 5 < 10 < found[0.0]["centre_off_px"], found
+    assert found[1.0]["colours_right"] >= 80, found
+
+
+def test_the_stored_net_is_small():
+    from tiny_flux.controlnet import WEIGHTS
+
+    assert WEIGHTS.stat().st_size <= 600_000
+
+
 def test_on_a_gpu_the_mode_is_compile(as_machine):
     from utils.hardware import Machine
 

@@ -21,11 +21,13 @@ from extras.preprocess import canny
 
 from .checker import read_image
 from .controlnet import WEIGHTS, build
+from .evaluate import markdown, put_between_markers
 from .scenes import COLOURS, Scene, describe, sample_scene
 from .sheets import write_sheet
 from .train_controlnet import place
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "extras-pipelines.md"
 SCALES = (0.0, 0.5, 1.0)
 BATCH = 10
 SHEET_COLUMNS = 8
@@ -96,6 +98,23 @@ def draw(pipe: FluxControlNetPipeline, scenes: list, scale: float, seed: int) ->
     return pictures
 
 
+def table(rows: dict[str, dict]) -> str:
+    """Write the rows as a Markdown table."""
+    return markdown(
+        ["pictures", "mean overlap", "overlap above 70 %", "centre off", "colours right"],
+        [
+            [
+                name,
+                f"{row['mean_overlap']} %",
+                f"{row['overlap_above_70']} %",
+                f"{row['centre_off_px']} px",
+                f"{row['colours_right']} %",
+            ]
+            for name, row in rows.items()
+        ],
+    )
+
+
 def main() -> None:
     """Draw with the net at several scales; write the numbers and a sheet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -103,6 +122,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--seed", type=int, default=2026, help="of scenes and noise")
     parser.add_argument("--json", type=Path, default=HERE / "evaluation-controlnet.json")
+    parser.add_argument("--page", type=Path, default=PAGE, help="whose table is replaced")
     parser.add_argument("--sheet", type=Path, default=HERE / "controlnet.png")
     args = parser.parse_args()
     base = FluxPipeline.from_pretrained(HERE / "tiny-schnell", dtype=torch.bfloat16)
@@ -120,6 +140,7 @@ def main() -> None:
         sheet.append(pictures[:SHEET_COLUMNS])
         print(f"scale {scale:g}: {rows[f'scale {scale:g}']}", flush=True)
     args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    put_between_markers(args.page, table(rows), "controlnet")
     names = ["edges", *(f"scale {scale:g}" for scale in SCALES)]
     texts = [describe(scene) for scene, _, _ in scenes[:SHEET_COLUMNS]]
     write_sheet([[canny(p) for p in truth[:SHEET_COLUMNS]], *sheet], args.sheet, names, texts)
