@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / "work", help="states to resume from")
     parser.add_argument("--procs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--pool", type=int, default=2400, help="pictures with their edges")
     parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
