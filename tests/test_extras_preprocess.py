@@ -68,7 +68,7 @@ def test_depth_without_weights_is_one_line():
 
 
 def test_depth_of_a_folder_that_holds_no_model_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="--depth_model .*: cannot be loaded"):
+    with pytest.raises(UserError, match=r"--depth_model .*: cannot be loaded"):
         preprocess.depth(Image.new("RGB", (16, 16)), str(tmp_path), "cpu")
 
 
