@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "extras-pipelines.md"
 SCALES = (0.0, 0.5, 1.0)
 BATCH = 10
-SHEET_COLUMNS = 8
+SHEET_COLUMNS = 6
 
 
 def held_out_scenes(count: int, seed: int) -> list[tuple[Scene, Image.Image, np.ndarray]]:
@@ -119,7 +119,7 @@ def main() -> None:
     """Draw with the net at several scales; write the numbers and a sheet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--scenes", type=int, default=60)
+    parser.add_argument("--scenes", type=int, default=24)
     parser.add_argument("--seed", type=int, default=2026, help="of scenes and noise")
     parser.add_argument("--json", type=Path, default=HERE / "evaluation-controlnet.json")
     parser.add_argument("--page", type=Path, default=PAGE, help="whose table is replaced")
