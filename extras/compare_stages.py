@@ -80,7 +80,9 @@ def table(rows: list[dict]) -> str:
         split = ", ".join(f"{name} {s / row['total_s']:.0%}" for name, s in spent.items())
         right = [f"{quality[name]} %" for name in ("all", "shape", "overlap")]
         size, total = f"{row['size']}x{row['size']}", f"{row['total_s']:.2f}"
-        cells.append([row["ckpt"], size, row["how"], total, split, *right])
+        shape = [f"{row[name]:g}" for name in stages.SETTINGS if name in row]
+        how = " ".join([row["how"], ", ".join(shape)]).strip()
+        cells.append([row["ckpt"], size, how, total, split, *right])
     return markdown(head, cells)
 
 

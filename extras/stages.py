@@ -15,6 +15,9 @@ from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
 
+SETTINGS = ("structure_scale", "details_strength", "polish_strength")
+
+
 def parse(argv: list[str] | None = None):
     """Read the flags of gen_image.py and those of this command."""
     parser = create_parser("Make large images in stages, with every optimisation on.")
@@ -103,8 +106,7 @@ class Stages:
 
 def about(args) -> dict:
     """Say what the stages are, for the card and for the rows of a comparison."""
-    names = ("structure_scale", "details_strength", "polish_strength")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in SETTINGS}
 
 
 def shares(seconds: dict[str, float]) -> str:
