@@ -14,7 +14,6 @@ from utils.benchmark_utils import create_parser, synchronize
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
-
 SETTINGS = ("structure_scale", "details_strength", "polish_strength")
 
 
