@@ -23,7 +23,7 @@ def parse(argv: list[str] | None = None):
     add = parser.add_argument_group("comparison").add_argument
     add("--sizes", type=int, nargs="+", default=[128, 192, 256], help="edges, pixels")
     add("--pictures", type=int, default=20, help="held-out prompts")
-    add("--results", type=Path, default=Path("results/stages.jsonl"), help="rows are appended")
+    add("--results", type=Path, default=Path("results/extras/stages.jsonl"), help="rows are appended")
     return parser.parse_args(argv)
 
 

@@ -19,5 +19,5 @@ def test_the_net_s_numbers():
 
 
 def test_the_stages_numbers():
-    lines = Path("results/stages.jsonl").read_text().splitlines()
+    lines = Path("results/extras/stages.jsonl").read_text().splitlines()
     assert between("stages") == compare_stages.table([json.loads(line) for line in lines])

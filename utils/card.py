@@ -38,7 +38,9 @@ def commit() -> str:
 
 def command() -> str:
     """Give the command that was typed, quoted for a shell."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    module = sys.modules["__main__"].__spec__  # of `python -m`
+    program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def plan_as_dict(args) -> dict[str, dict]:
