@@ -16,6 +16,9 @@ from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
 
+RESULTS = Path("results/extras/stages.jsonl")
+
+
 def parse(argv: list[str] | None = None):
     """Read the flags of extras.stages and what is to be compared."""
     parser = create_parser(__doc__.splitlines()[0])
@@ -23,7 +26,7 @@ def parse(argv: list[str] | None = None):
     add = parser.add_argument_group("comparison").add_argument
     add("--sizes", type=int, nargs="+", default=[128, 192, 256], help="edges, pixels")
     add("--pictures", type=int, default=20, help="held-out prompts")
-    add("--results", type=Path, default=Path("results/extras/stages.jsonl"), help="rows are appended")
+    add("--results", type=Path, default=RESULTS, help="file to which rows are appended")
     return parser.parse_args(argv)
 
 
