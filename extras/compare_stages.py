@@ -15,7 +15,6 @@ from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
-
 RESULTS = Path("results/extras/stages.jsonl")
 
 
