@@ -31,9 +31,10 @@ def by_diffusers(name: str, components: dict | None = None, seeds=(0,), **call) 
 
     pipe = getattr(diffusers, name).from_pipe(plain(), dtype=torch.bfloat16, **(components or {}))
     pipe.set_progress_bar_config(disable=True)
-    call = {"height": 128, "width": 128, "num_inference_steps": 4, "prompt": PROMPT} | call
+    usual = {"height": 128, "width": 128, "num_inference_steps": 4, "max_sequence_length": 256}
+    call = usual | {"prompt": PROMPT} | call
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipe(max_sequence_length=256, generator=generators, **call).images
+    return pipe(generator=generators, **call).images
 
 
 def by_us(command, *flags: str) -> list:

@@ -250,6 +250,21 @@ def test_the_file_names_every_control(scene, tmp_path, monkeypatch):
     assert about["controls"] == f"tiny-edges 1 by canny of {scene.picture}"
 
 
+def test_the_net_gets_a_graph_of_its_own(scene):
+    """The wrapper's logic, with a recorder that runs the call again instead of replaying it."""
+    from test_cudagraph import RerunRecorder
+
+    from utils.cudagraph import GraphPool, usage, wrap_components
+    from utils.pipeline_utils import generate, optimize
+
+    args = controlnet.parse([*ON, *NET, "--control_image", scene.edges])
+    pipeline, _ = controlnet.load(args)
+    expected = generate(optimize(pipeline, args), args)[0]
+    wrap_components(pipeline, GraphPool(RerunRecorder()))
+    assert generate(pipeline, args)[0].tobytes() == expected.tobytes()
+    assert usage(pipeline)["kept"] == 3  # transformer, net, decoder
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_net_has_a_graph_of_its_own(tmp_path):
     if not torch.cuda.is_available():

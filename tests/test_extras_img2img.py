@@ -48,6 +48,13 @@ def test_with_the_steps_on_it_is_the_same_picture(picture):
     assert psnr_db(by_us(img2img, *ON, *flags)[0], by_us(img2img, *OFF, *flags)[0]) > 40
 
 
+def test_shortened_text_is_what_diffusers_makes_of_as_few_tokens(picture):
+    flags = ("--image", picture, "--strength", "0.5", "--drop_text_padding")
+    call = {"image": Image.open(picture), "strength": 0.5, "max_sequence_length": 64}
+    theirs = by_diffusers("FluxImg2ImgPipeline", **call)[0]
+    assert by_us(img2img, *OFF, *flags)[0].tobytes() == theirs.tobytes()
+
+
 def test_a_lower_strength_stays_closer_to_the_picture(picture):
     source = Image.open(picture)
     distances = [
