@@ -14,7 +14,6 @@ from extras import controls, derived
 from extras.inpaint import read_mask
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
-from utils.quiet import quiet_libraries
 
 OF_BLOCKS = ("fused_projections", "fa3", "fused_kernels", "quant")  # steps that change blocks only
 
@@ -169,11 +168,7 @@ def optimize_nets(pipeline, nets: dict, args) -> None:
 
 def main() -> None:
     """Parse, check, load, optimise, generate, save."""
-    args = parse()
-    quiet_libraries()
-    from gen_image import produce
-
-    produce(*load(args), args)
+    derived.make_pictures(parse(), load)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the run's real call, and the rest of the stack need not know which pipeline it i
 from utils import checkpoints
 from utils.errors import UserError
 from utils.prepare import read_picture
+from utils.quiet import quiet_libraries
 
 MOST_PIXELS = 2**20  # FLUX.1's own area: a larger picture without --height and --width is shrunk
 OWN_LOOPS = {  # flag -> why it needs FluxPipeline's own loop
@@ -16,6 +17,14 @@ OWN_LOOPS = {  # flag -> why it needs FluxPipeline's own loop
     "cache_dit_config": "its cache counts the steps of FluxPipeline's loop, and knows no additions "
     "to the blocks",
 }
+
+
+def make_pictures(args, load) -> None:
+    """Run a command: `load(args)` gives its pipeline; the rest is as in gen_image.py."""
+    quiet_libraries()
+    from gen_image import produce
+
+    produce(*load(args), args)
 
 
 def refuse_own_loops(args, what: str) -> None:

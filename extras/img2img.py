@@ -7,7 +7,6 @@ are taken, so a strength of 0.6 takes 17 of 28 steps. All optimisations as in ge
 from extras import derived
 from utils.benchmark_utils import create_parser
 from utils.errors import run_script
-from utils.quiet import quiet_libraries
 
 
 def parse(argv: list[str] | None = None):
@@ -42,11 +41,7 @@ def load(args) -> tuple:
 
 def main() -> None:
     """Parse, check, load, optimise, generate, save."""
-    args = parse()
-    quiet_libraries()
-    from gen_image import produce
-
-    produce(*load(args), args)
+    derived.make_pictures(parse(), load)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ trained to see the mask. Both decode the whole picture, so kept pixels go throug
 from extras import derived
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
-from utils.quiet import quiet_libraries
 
 PIPELINES = {
     "schnell": "FluxInpaintPipeline",
@@ -97,11 +96,7 @@ def _paste(pipeline, image, mask) -> None:
 
 def main() -> None:
     """Parse, check, load, optimise, generate, save."""
-    args = parse()
-    quiet_libraries()
-    from gen_image import produce
-
-    produce(*load(args), args)
+    derived.make_pictures(parse(), load)
 
 
 if __name__ == "__main__":

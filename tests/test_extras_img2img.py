@@ -1,6 +1,8 @@
 """Image-to-image, inpainting and Fill: plain diffusers' pictures, masks, sizes, refusals."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -211,6 +213,13 @@ def test_masks_that_do_not_fit(picture, tmp_path):
     small = refusal(inpaint, *flags, str(tmp_path / "small.png"))
     assert "found 64x128, expected the size of --image, 128x128" in small
     assert "all black" in refusal(inpaint, *flags, str(tmp_path / "black.png"))
+
+
+def test_help_needs_no_torch():
+    names = ("img2img", "inpaint", "controlnet", "stages", "compare_stages")
+    parsed = "".join(f"import extras.{n}; extras.{n}.create_parser().format_help();" for n in names)
+    check = f"import sys; {parsed} sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
 
 
 def test_a_grey_mask_is_made_black_and_white(tmp_path):
