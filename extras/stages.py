@@ -28,8 +28,8 @@ def add_flags(parser) -> None:
     """Add how large the first picture is, and how much the others change."""
     add = parser.add_argument_group("stages (--height and --width are the last ones')").add_argument
     add("--structure_scale", type=float, default=0.5, help="edges of the first picture, as a share")
-    add("--details_strength", type=float, default=0.6, help="of the second: above 0, up to 1")
-    add("--polish_strength", type=float, default=0.25, help="of the third; 0 leaves it out")
+    add("--details_strength", type=float, default=0.25, help="of the second: above 0, up to 1")
+    add("--polish_strength", type=float, default=0.1, help="of the third; 0 leaves it out")
 
 
 def check(args) -> None:

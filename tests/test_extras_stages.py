@@ -56,7 +56,7 @@ def test_the_command_says_where_the_time_went(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["stages", *OFF, "--output-file", str(out)])
     stages.main()
     told = capsys.readouterr().out
-    assert "also        structure_scale 0.5, details_strength 0.6, polish_strength 0.25" in told
+    assert "also        structure_scale 0.5, details_strength 0.25, polish_strength 0.1" in told
     assert "stages      structure " in told
     with Image.open(out) as image:
         assert image.text["call"].count("structure ") == 1
