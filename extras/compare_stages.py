@@ -25,6 +25,7 @@ def parse(argv: list[str] | None = None):
     add = parser.add_argument_group("comparison").add_argument
     add("--sizes", type=int, nargs="+", default=[128, 192, 256], help="edges, pixels")
     add("--pictures", type=int, default=20, help="held-out prompts")
+    add("--page", type=Path, help="put the table between this page's markers")
     add("--results", type=Path, default=RESULTS, help="file to which rows are appended")
     return parser.parse_args(argv)
 
@@ -93,7 +94,7 @@ def main() -> None:
     args = parse()
     stages.check(args)
     quiet_libraries()
-    from tiny_flux.evaluate import held_out_prompts
+    from tiny_flux.evaluate import held_out_prompts, put_between_markers
     from utils import card
     from utils.prepare import announce_and_load, prepare
 
@@ -110,7 +111,10 @@ def main() -> None:
     lines = [json.dumps(about | row | {"environment": card.environment(args)}) for row in rows]
     with args.results.open("a") as file:
         file.write("".join(line + "\n" for line in lines))
-    print(table([json.loads(line) for line in args.results.read_text().splitlines()]))
+    found = table([json.loads(line) for line in args.results.read_text().splitlines()])
+    print(found)
+    if args.page:
+        put_between_markers(args.page, found, "stages")
 
 
 if __name__ == "__main__":
