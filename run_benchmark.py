@@ -13,6 +13,7 @@ from utils.errors import UserError, run_script
 from utils.peers import PEERS
 from utils.quiet import quiet_libraries
 from utils.report_series import KINDS as SERIES
+from utils.steps.memory import out_of_memory_explained
 
 
 def parse_arguments():
@@ -63,6 +64,10 @@ def parse_arguments():
         raise UserError(f"{', '.join(f'--{name}' for name in series)}: expected one of them")
     if args.rows and not series:
         raise UserError(f"--rows: expected together with {', '.join(f'--{s}' for s in SERIES)}")
+    if args.swap_loras:
+        raise UserError("--swap_loras: gen_image.py swaps; a row measures one set of LoRAs")
+    if args.peer and args.lora:
+        raise UserError(f"--peer {args.peer}: no peer adds LoRAs here; leave out --lora")
     if args.peer and series:
         raise UserError(f"--peer {args.peer}: one row; expected without --{series[0]}")
     return args
@@ -91,7 +96,8 @@ def main() -> None:
 
     if args.results:
         results.append(Path(args.results), [])
-    found, pipeline, result = row.measure_row(args)
+    with out_of_memory_explained(args):
+        found, pipeline, result = row.measure_row(args)
     print(row.render(found))
     if args.trace_file:
         row.write_trace(Path(args.trace_file), lambda: generate(pipeline, args))

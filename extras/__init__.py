@@ -1,1 +1,1 @@
-"""What stands around the core: commands that call load_pipeline() and optimize() as scripts do."""
+"""What stands around the stack: commands of their own that call `optimize()`."""

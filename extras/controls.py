@@ -104,7 +104,9 @@ def config_of(net: str) -> dict:
     if Path(net).is_dir():
         path = Path(net) / "config.json"
     elif net.count("/") == 1 and not net.startswith(("/", ".")):
-        path = checkpoints.hub_file(net, "config.json", "--controlnet")
+        path = checkpoints.hub_file(
+            net, "config.json", "--controlnet", f"bundled: {EDGES}; or name a folder"
+        )
     else:
         raise UserError(
             f"--controlnet {net}: unknown (expected {EDGES}, a folder or a hub id such as "

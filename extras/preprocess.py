@@ -28,7 +28,7 @@ def check(kinds: set[str], depth_model: str) -> None:
             "extras/requirements.txt, or --preprocess none with a ready control image"
         )
     if "depth" in kinds and not Path(depth_model).is_dir():
-        hub_file(depth_model, "config.json", "--depth_model")
+        hub_file(depth_model, "config.json", "--depth_model", "name a folder that holds one")
 
 
 def canny(image, low: int = CANNY_THRESHOLDS[0], high: int = CANNY_THRESHOLDS[1]):

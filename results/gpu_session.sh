@@ -154,6 +154,28 @@ for part in "$@"; do
         row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
         row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
       done ;;
+    memory) # peaks at full size beside the estimates, which stand in each row's steps
+      for tier in full group; do # random weights of group are made on the host: minutes
+        row 280 "memory $tier" $DEV --memory $tier --compile_export_mode disabled --num_runs 2
+      done ;;
+    gguf) # what a compressed transformer costs and saves: the trained checkpoint's, on this GPU
+      for type in Q8_0 Q4_0; do
+        python3 -m extras.write_gguf --ckpt tiny-dev --type $type --output-file "tiny-$type.gguf"
+        for mode in compressed dequantize; do
+          FAST="" row 150 "gguf $type $mode" --ckpt tiny-dev --gguf_file "tiny-$type.gguf" \
+            --gguf_mode $mode --compile_export_mode compile --compile_scope blocks
+        done
+      done ;;
+    guidance) # a second forward a step, and Heun's second evaluation: about twice the loop's time
+      row 145 fp8-blocks $DEV $BLOCKS --num_runs 3
+      row 180 fp8-blocks-true-cfg $DEV $BLOCKS --num_runs 3 --true_cfg_scale 2 --negative_prompt blurry
+      row 180 fp8-blocks-heun $DEV $BLOCKS --num_runs 3 --scheduler heun
+      row 145 fp8-blocks-unipc $DEV $BLOCKS --num_runs 3 --scheduler unipc ;;
+    lora) # fused into float8 with graphs, then swapped in place beside the weights
+      lora=tiny_flux/loras/tiny-schnell-night.safetensors
+      series 140 --ladder --ckpt tiny-schnell --lora $lora --compile_scope blocks --rows eager,quant,compile
+      timeout -k 5 140 python3 gen_image.py --ckpt tiny-schnell --lora $lora --lora $lora:0.5 \
+        --swap_loras $BLOCKS --output-file "$OUT/swapped.png" 2>&1 | tee -a "$OUT/log.txt" | tail -n 8 ;;
     serving) # the served models' components against FluxPipeline, without a server
       for model in clip_encoder t5_encoder dit_transformer vae_decoder bls_orchestrator; do
         echo "=== $model"

@@ -81,6 +81,7 @@ def make_args(cache_dir, **changes):
         compile_export_mode="export_aoti",
         compile_scope="full",
         quant_granularity="row",
+        gguf_file=None,
         disable_inductor_tuning_flags=False,
         height=PIXELS,
         width=PIXELS,

@@ -86,8 +86,11 @@ def float8_on_cpu(monkeypatch):
 def as_machine(monkeypatch):
     """Give a function that makes the checks believe in another machine."""
     from utils import hardware
+    from utils.steps import memory
 
     def pretend(machine: hardware.Machine) -> None:
+        free = int((machine.memory_gib or 512.0) * 2**30)
+        monkeypatch.setattr(memory, "free_bytes", lambda args: free)
         monkeypatch.setattr(hardware, "detect", lambda device=None: machine)
 
     return pretend

@@ -224,6 +224,9 @@ OUTSIDE = {  # what the sources behind a package import without its changing the
     "cudagraph": "records it",
     "pipeline_utils": "makes the call, which is recorded in the manifest",
     "hardware": "describes the machine, which is in the manifest",
+    "checkpoints": "finds weights, whose digests are in the manifest",
+    "gguf_file": "reads the header of a file whose digest is in the manifest",
+    "random_weights": "gives the config, whose shapes are in the manifest",
 }
 
 

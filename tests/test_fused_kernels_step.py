@@ -45,6 +45,7 @@ def check(machine, **flags):
         "fused_kernels": True,
         "disable_fa3": False,
         "disable_quant": False,
+        "gguf_file": None,
         "quant_granularity": "row",
         "quant_filter": "blocks",
         "dtype": torch.bfloat16,

@@ -156,7 +156,13 @@ def test_global_inductor_flags_stay_as_they_are(cpu_float8):
 
 
 def checked(machine, dtype=torch.bfloat16, **flags):
-    defaults = {"disable_quant": False, "quant_granularity": "row", "quant_filter": "blocks"}
+    defaults = {
+        "disable_quant": False,
+        "swap_loras": False,
+        "gguf_file": None,
+        "quant_granularity": "row",
+        "quant_filter": "blocks",
+    }
     return quant.check(SimpleNamespace(machine=machine, dtype=dtype, **(defaults | flags)))
 
 

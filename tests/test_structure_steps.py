@@ -76,7 +76,8 @@ def test_channels_last_changes_strides_and_not_the_picture(latents, dtype, toler
 @pytest.mark.parametrize("step", [fused_projections, channels_last])
 def test_flag_turns_the_step_off(step):
     flag = f"disable_{step.NAME}"
-    assert step.check(SimpleNamespace(**{flag: False})).is_on
-    assert step.check(SimpleNamespace(**{flag: False})).lossless
-    verdict = step.check(SimpleNamespace(**{flag: True}))
+    given = {"swap_loras": False, "gguf_file": None}
+    assert step.check(SimpleNamespace(**given, **{flag: False})).is_on
+    assert step.check(SimpleNamespace(**given, **{flag: False})).lossless
+    verdict = step.check(SimpleNamespace(**given, **{flag: True}))
     assert (verdict.state, verdict.reason) == ("off", f"--{flag}")

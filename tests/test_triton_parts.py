@@ -195,6 +195,9 @@ def _pins(lines: list[str]) -> dict[str, str]:
 def test_the_servers_environment_is_the_scripts_but_for_numpy():
     ours = _pins((ROOT / "requirements.txt").read_text().splitlines())
     server = _pins((repository.HERE / "requirements.txt").read_text().splitlines())
+    for flag in ("lora", "sigmas"):  # what these packages are for is not served
+        assert flag in parts.WHOLE_CALL
+    ours = {name: pin for name, pin in ours.items() if name not in ("peft", "scipy")}
     assert {name: server.get(name) for name in ours} == ours | {"numpy": "1.26.4"}
 
 
@@ -241,7 +244,7 @@ def test_a_wrong_command_is_refused_before_anything_slow(tmp_path):
 
 
 def test_overhead_is_told_apart_from_drift():
-    """Costs of 1 ms a step and 20 ms an image; a host that slows down, a slower forward there."""
+    """Costs of 1 ms a step and 20 ms an image; a forward that slows down, and is slower there."""
     found = np.zeros((5, 2, 2, 2))
     for number, drift in enumerate((1.0, 1.5, 2.0, 2.5, 3.0)):
         for at, steps in enumerate((4, 28)):
@@ -249,13 +252,15 @@ def test_overhead_is_told_apart_from_drift():
             found[number, 0, at] = there + 0.1 + 0.02 + 0.001 * steps, there
             found[number, 1, at] = here + 0.1, here
     row = overhead.summary(found, [4, 28])
-    assert row["overhead_per_step_s"] == pytest.approx(0.001)
-    assert row["overhead_per_image_s"] == pytest.approx(0.02)
-    assert row["overhead_of_many_steps_s"] == pytest.approx(0.048)
+    for name in ("overhead", "paired"):
+        assert row[f"{name}_per_step_s"] == pytest.approx(0.001)
+        assert row[f"{name}_per_image_s"] == pytest.approx(0.02)
     assert row["step_in_process_s"] == pytest.approx(0.1) and row["rounds"] == 5
-    assert row["clocks_difference_per_step_s"] == pytest.approx(0.011)
+    assert row["forward_in_server_s"] == pytest.approx(0.11)
     low, high = row["step_in_process_s_95"]
     assert 0.05 - 1e-9 <= low < 0.1 < high <= 0.15 + 1e-9
+    found[0, :, :, 0] += 5.0  # other work: a round that is slow on both sides changes little
+    assert overhead.summary(found, [4, 28])["overhead_per_step_s"] == pytest.approx(0.001)
     found[:, 0, :, 0] += 0.001 * np.array([4, 28])
     assert not overhead.summary(found, [4, 28])["step_goal_met"]
 

@@ -179,6 +179,27 @@ def test_only_the_one_who_started_it_loads_models(served, client):
         assert caught.value.code == 403
 
 
+def test_overhead_is_measured_on_equal_pictures(served, client):
+    """A round of the paired measurement; it refuses to compare different pictures itself."""
+    import torch
+
+    from triton_models import overhead, parts
+    from utils.errors import UserError
+
+    args = parts.settings("--ckpt tiny-dev --device cpu --height 16 --width 16")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server's models
+    server, here = overhead.served(client, served.metrics), overhead.in_process(args)
+    sides = {"server": server, "here": here}
+    shape = {"height": 16, "width": 16, "max_sequence_length": 512}
+    found = overhead.measure(sides, shape, 1, [1, 2])
+    assert found.shape == (1, 2, 2, 2) and (found[..., 0] > found[..., 1]).all()
+    assert (found[..., 1] > 0).all() and overhead.summary(found, [1, 2])["rounds"] == 1
+    with pytest.raises(UserError, match="another than the pipeline's here"):
+        overhead.measure(sides, shape | {"guidance_scale": 9.0}, 1, [1, 2])
+    torch.set_num_threads(threads)
+
+
 def test_two_hundred_requests_of_twelve_clients(served, expected):
     """Nothing lost, nothing mixed; steps of different requests share forwards."""
     from triton_models.client import Client

@@ -15,7 +15,7 @@ import pytest
 from triton_models.parts import ROOT
 
 ENV = ROOT / ".venv-triton"
-READY_S = 600
+READY_S = 900
 NEEDS_ENV = pytest.mark.skipif(
     not (ENV / "bin" / "python3").exists(),
     reason="no .venv-triton: python -m triton_models.serve makes it",

@@ -7,7 +7,7 @@ import torch
 
 from triton_models.parts import outgoing
 
-DECOUPLED = ("dit_transformer", "bls_orchestrator")  # may answer more than once
+DECOUPLED = {"dit_transformer", "bls_orchestrator"}  # may answer more than once
 
 
 def text(words: str) -> np.ndarray:

@@ -5,6 +5,7 @@ gen_image.py. Their flags stand in config.pbtxt under `parameters`, as they woul
 """
 
 import json
+import locale
 import shlex
 from pathlib import Path
 
@@ -19,11 +20,16 @@ PARTS = {  # model -> components of FluxPipeline that it holds; every one can ha
     "bls_orchestrator": (),
 }
 WHOLE_CALL = (  # flags of steps that change a pipeline's call, or more than one component
+    "gguf_file",
     "cache_dit_config",
     "step_mask",
     "modulation_once",
     "compile_text_encoders",
     "drop_text_padding",
+    "true_cfg_scale",
+    "scheduler",
+    "sigmas",
+    "lora",
 )
 COMPONENTS = tuple(name for names in PARTS.values() for name in names)
 
@@ -41,9 +47,15 @@ def settings(flags: str | list[str]):
     quiet_libraries()
     words = shlex.split(flags) if isinstance(flags, str) else list(flags)
     args = create_parser("serve").parse_args(words)
+    if args.memory == "auto":
+        args.memory = "full"  # a process holds one part, not what the estimates are about
     prepare(args)
     if args.checkpoint.defaults.takes_image:
         raise UserError(f"--ckpt {args.ckpt}: edits an image; the server takes text prompts only")
+    if args.memory != "full":
+        raise UserError(
+            f"--memory {args.memory}: every process of the server keeps its part; leave it out"
+        )
     for flag in WHOLE_CALL:
         if getattr(args, flag):
             raise UserError(
@@ -92,6 +104,9 @@ def begin(arguments: dict):
             f"found numpy {numpy.__version__}, expected 1.x: Triton's Python stub was built for "
             "it; install triton_models/requirements.txt into an environment of its own"
         )
+    # The stub's Python ignores the environment's locale and would read files, Inductor's own
+    # templates among them, as ASCII
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     found = json.loads(arguments["model_config"])["parameters"]
     values = {name: value["string_value"] for name, value in found.items()}
     args = settings(values.pop("flags"))

@@ -118,6 +118,7 @@ class Server:
         self.region, self.key = f"flux-{os.getpid()}-", secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="flux-triton-"))
         self.process: subprocess.Popen | None = None
+        self.silent: dict[str, float] = {}  # model -> since when it has not answered in time
 
     def start(self) -> None:
         """Write what the server needs and start it."""
@@ -130,7 +131,6 @@ class Server:
             "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub takes its prefix from here
             "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{libraries}",
             "PYTHONUNBUFFERED": "1",
-            "LC_ALL": "C.UTF-8",  # an embedded Python reads files as ASCII without: Inductor's
             "OMP_NUM_THREADS": str(args.threads),  # torch's own setting holds for one thread only
             **KEEP_MEMORY,
         }
@@ -181,14 +181,22 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def heal(self) -> list[str]:
-        """Load again what does not compute; say what was done."""
+        """Load again what does not compute; say what was done.
+
+        What is merely silent may be compiling for a call of a new kind: it has as long as a start.
+        """
         from tritonclient.utils import InferenceServerException
 
         from triton_models.client import Client
 
         done = []
         with Client(self.args.grpc_port, key=self.key) as client:
-            for name, words in client.unhealthy().items():
+            found, now = client.unhealthy(), time.monotonic()
+            silent = [name for name, words in found.items() if words.startswith("no answer")]
+            self.silent = {name: self.silent.get(name, now) for name in silent}
+            for name, words in found.items():
+                if name in silent and now - self.silent[name] < self.args.timeout:
+                    continue
                 try:
                     client.reload(name)
                     outcome = "loaded again"
@@ -212,6 +220,12 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def end_by_signals() -> None:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell has them ignored."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+
+
 def main() -> None:
     """Serve until Ctrl-C or SIGTERM."""
     from utils.errors import UserError
@@ -221,9 +235,10 @@ def main() -> None:
         raise UserError("\n".join(problems))
     from triton_models.parts import settings
 
-    settings(flags)  # refuses what a model would refuse, here and now
-    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
-        signal.signal(stop, signal.default_int_handler)
+    # Refuses what a model would refuse, here and now; but whether a stored package belongs to the
+    # versions of the server's environment, only the models can tell
+    settings([flag for flag in flags if flag.replace("_", "-") != "--use-cached-model"])
+    end_by_signals()
     if args.write_repository is not None:
         with tempfile.TemporaryDirectory(dir=args.write_repository.parent) as scratch:
             repository.write_repository(Path(scratch) / "models", args, flags)

@@ -18,8 +18,8 @@ import numpy as np
 
 from triton_models import repository
 from triton_models.client import Client
-from triton_models.overhead import median_with_interval
-from triton_models.serve import Server, parse_args
+from triton_models.overhead import FASTEST, median, with_interval
+from triton_models.serve import Server, end_by_signals, parse_args, problems_of
 from utils.checkpoints import BUNDLED_DIR
 from utils.errors import UserError, run_script
 
@@ -91,8 +91,11 @@ def main() -> None:
     own, rest = parser.parse_known_args()
     if own.rounds < 1 or own.steps < 1:
         raise UserError("--rounds, --steps: expected 1 or more")
+    args, flags = parse_args(rest)
+    if problems := problems_of(args):
+        raise UserError("\n".join(problems))
+    end_by_signals()
     with tempfile.TemporaryDirectory() as scratch:
-        args, flags = parse_args(rest)
         if own.interface == "flux":
             flags += flux_interface(Path(scratch) / "flux")
         server = Server(args, flags)
@@ -109,7 +112,9 @@ def main() -> None:
     row: dict = {"interface": own.interface, "rounds": own.rounds, "steps": own.steps}
     for variant, times in found.items():
         beside = [(seconds - forward_s) / own.steps for seconds, forward_s in times]
-        row[f"{variant}_beside_the_forward_s"], row[f"{variant}_95"] = median_with_interval(beside)
+        name = f"{variant}_beside_the_forward_s"
+        row[name], row[f"{name}_95"] = with_interval(beside, median)
+        row[f"{variant}_fastest_tenth_s"] = float(np.percentile(beside, FASTEST))
         row[f"{variant}_forward_s"] = float(np.median([f for _, f in times])) / own.steps
     for name, value in row.items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")

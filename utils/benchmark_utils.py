@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def create_parser(description: str | None = None) -> Parser:
     """Make the parser of gen_image.py and run_benchmark.py; every step adds its own flags."""
+    from utils import guidance, schedulers
     from utils.pipeline_utils import STEPS
 
     parser = Parser(description=description)
@@ -54,7 +55,8 @@ def create_parser(description: str | None = None) -> Parser:
     add("--height", type=int, help="pixels, divisible by 16 (the checkpoint's own)")
     add("--width", type=int, help="pixels, divisible by 16 (the checkpoint's own)")
     add("--num_inference_steps", type=int, help="Schnell 4, Dev and Kontext 28")
-    add("--guidance_scale", type=float, help="distilled guidance: Dev 3.5, Kontext 2.5")
+    guidance.add_flags(add)
+    schedulers.add_flags(add)
     add("--max_sequence_length", type=int, help="T5 tokens: Schnell 256, Dev and Kontext 512")
     add("--num_images_per_prompt", type=int, default=1, help="each with a seed of its own")
     add("--seed", type=int, default=0, help="image k is seeded with SEED + k")

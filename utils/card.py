@@ -96,7 +96,7 @@ def gpu_state(args) -> dict:
 
 def call(args) -> dict:
     """Collect what decides the picture, apart from the steps; `args.also`: what an extra adds."""
-    return {
+    return _only_given(args) | {
         "ckpt": args.ckpt,
         "random_weights": args.random_weights,
         "prompt": args.prompt,
@@ -112,6 +112,15 @@ def call(args) -> dict:
     }
 
 
+def _only_given(args) -> dict:
+    """Name what decides the picture and has no default: rows from before these flags stay equal."""
+    from utils import guidance
+
+    chosen = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return guidance.call(args) | given
+
+
 def render(args) -> str:
     """Write the card as text: one line a fact, then the steps that are on, then the others."""
     about = call(args)
@@ -124,8 +133,12 @@ def render(args) -> str:
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
         f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
-        f"steps, guidance {guidance}, {args.max_sequence_length} text tokens, seed {args.seed}",
+        f"steps, guidance {guidance}{_true_cfg(args)}, {args.max_sequence_length} text tokens, "
+        f"seed {args.seed}",
+        *_scheduler(args),
     ]
+    if args.acceleration_notes:
+        lines.append(f"preset      {args.acceleration}: {', '.join(args.acceleration_notes)}")
     if also := getattr(args, "also", {}):
         lines.append("also        " + ", ".join(f"{key} {value}" for key, value in also.items()))
     mode = args.compile_export_mode
@@ -142,6 +155,25 @@ def render(args) -> str:
             state = "" if verdict.state == "off" else verdict.state + ": "
             lines.append(f"off: {name:22s} {state}{verdict.reason}")
     return "\n".join(lines)
+
+
+def _scheduler(args) -> list[str]:
+    from utils import schedulers
+
+    if schedulers.is_default(args):
+        return []
+    forwards = schedulers.evaluations(args)
+    sigmas = args.sigmas or "default"
+    return [f"scheduler   {args.scheduler or 'euler'}, sigmas {sigmas}, {forwards} evaluations"]
+
+
+def _true_cfg(args) -> str:
+    if args.true_cfg_scale is None:
+        return ""
+    return (
+        f", true CFG {args.true_cfg_scale:g} away from {args.negative_prompt!r} (twice the "
+        "transformer's work)"
+    )
 
 
 def cuda_graphs(used: dict[str, int] | None) -> list[str]:

@@ -121,8 +121,14 @@ def _from_hub(name: str) -> Checkpoint:
     return Checkpoint(name, "hub", kind, None, 1024)
 
 
-def hub_file(repo: str, file: str, flag: str = "--ckpt") -> Path:
-    """Fetch one small file of a hub repository, or say in one line why it cannot be had."""
+INSTEAD = (
+    f"bundled: {', '.join(BUNDLED)}; or measure speed without its weights: --random_weights with a "
+    "FLUX.1 name"
+)
+
+
+def hub_file(repo: str, file: str, flag: str = "--ckpt", instead: str = INSTEAD) -> Path:
+    """Fetch one file of a hub repository, or say in one line why it cannot be had."""
     from huggingface_hub import (
         get_hf_file_metadata,
         hf_hub_download,
@@ -134,7 +140,6 @@ def hub_file(repo: str, file: str, flag: str = "--ckpt") -> Path:
     cached = try_to_load_from_cache(repo, file)
     if isinstance(cached, str):
         return Path(cached)
-    instead = "or measure speed without its weights: --random_weights"
     try:
         get_hf_file_metadata(hf_hub_url(repo, file), timeout=10)  # one try; a download makes six
         return Path(hf_hub_download(repo, file))
@@ -146,7 +151,7 @@ def hub_file(repo: str, file: str, flag: str = "--ckpt") -> Path:
     except RepositoryNotFoundError:
         raise UserError(
             f"{flag} {repo}: no such model on the hub, or not yours to see (`hf auth login`); "
-            f"bundled: {', '.join(BUNDLED)}; {instead} with a FLUX.1 name"
+            f"{instead}"
         ) from None
     except (HfHubHTTPError, OSError, ValueError, RuntimeError, transport_error()) as error:
         raise UserError(

@@ -141,7 +141,8 @@ def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
     return "\n".join(
         [
             f"checkpoint  {args.ckpt}, {args.checkpoint.kind}",
-            f"call        {call.width}x{call.height}, {call.images} image(s), {call.steps} steps",
+            f"call        {call.width}x{call.height}, {call.images} image(s), {call.steps} "
+            f"evaluations{', each twice: true CFG' if call.true_cfg else ''}",
             f"tokens      {tokens} image, {call.text_tokens} text",
             f"precision   {precision.base}" + (f"; float8: {float8}" if float8 else ""),
             f"machine     {peaks.machine} ({why})",
@@ -191,7 +192,7 @@ def cells(layer: Layer, peaks: Peaks) -> dict[str, str]:
 def _component(name: str, work: Work, peaks: Peaks) -> str:
     layers = work.layers[name]
     stage = next(stage for stage, parts in STAGES.items() if name in parts)
-    often = f"{work.call.steps} times a call" if work.runs(stage) > 1 else "once a call"
+    often = f"{work.runs(stage)} times a call" if work.runs(stage) > 1 else "once a call"
     title = (
         f"{name.upper().replace('_', ' ')}, {often}: {amount(total(layers, 'parameters'))} "
         f"parameters, {amount(total(layers, 'flop'))} FLOP, floor "

@@ -16,19 +16,21 @@ from utils.errors import UserError
 STRIP_EDGE = 256  # pixels of one picture in a strip
 
 
-def save_images(images: list, args, step_cache: dict | None = None) -> list[Path]:
+def save_images(images: list, args, step_cache: dict | None = None, ending: str = "") -> list[Path]:
     """Write PNGs with how they were made in their metadata; several are numbered from 0.
 
     Each is written under a temporary name and renamed, so that an interruption leaves no half file.
-    `step_cache` tells which steps were computed and which reused (`reused_steps`).
+    `step_cache` tells which steps were computed and which reused (`reused_steps`); `ending` is put
+    behind the name, and is the name of the LoRA that was swapped in.
     """
     target = Path(args.output_file)
+    target = target.with_name(f"{target.stem}{ending}{target.suffix}")
     written = []
     for k, image in enumerate(images):
-        path = target if len(images) == 1 else target.with_stem(f"{target.stem}_{k}")
+        path = target if len(images) == 1 else target.with_name(f"{target.stem}_{k}{target.suffix}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            image.save(temporary, format="PNG", pnginfo=_metadata(args, k, step_cache))
+            image.save(temporary, format="PNG", pnginfo=_metadata(args, k, step_cache, ending))
             temporary.replace(path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -63,7 +65,7 @@ def write_strip(images: list, folder: Path) -> str:
     return path.name
 
 
-def _metadata(args, k: int, step_cache: dict | None):
+def _metadata(args, k: int, step_cache: dict | None, ending: str):
     """Describe image k: enough to make it again."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -79,6 +81,8 @@ def _metadata(args, k: int, step_cache: dict | None):
     info.add_itxt("call", json.dumps(about, ensure_ascii=False))
     info.add_text("steps", json.dumps(card.plan_as_dict(args)))
     info.add_text("versions", json.dumps(card.versions()))
+    if ending:
+        info.add_itxt("swapped LoRA", ending.removeprefix("_"))
     if step_cache is not None:
         info.add_text("step cache", json.dumps(step_cache))
     if args.random_weights:

@@ -32,6 +32,8 @@ def lacking(name: str, machine) -> str:
 def _problem(args) -> str:
     if args.cache_dit_config or args.step_mask:
         return "no peer has a step cache here; leave out --cache_dit_config and --step_mask"
+    if args.gguf_file:
+        return "a peer has the checkpoint's own weights; leave out --gguf_file"
     if found := lacking(args.peer, args.machine):
         return found
     if args.peer == "flux-fast":

@@ -14,8 +14,11 @@ from utils.steps import (
     fa3,
     fused_kernels,
     fused_projections,
+    gguf,
     group_norm,
     inductor_tuning_flags,
+    lora,
+    memory,
     modulation,
     persistent_tma,
     quant,
@@ -25,6 +28,8 @@ from utils.steps import (
 )
 
 STEPS = (
+    gguf,  # the weights themselves: all below reads them
+    lora,  # added to them
     fused_projections,  # fused matrices must exist before anything reads them
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
@@ -35,6 +40,7 @@ STEPS = (
     text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
     persistent_tma,  # moves the biases of the float8 products
+    memory,  # moves the final weights to where they stay, or puts hooks on them
     inductor_tuning_flags,  # read when the compiler runs
     text_encoders,  # warmed up by the calls of the two below
     compile,  # freezes everything above ...
@@ -44,20 +50,23 @@ STEPS = (
 
 
 def load_pipeline(args):
-    """Load or build the pipeline of `args.checkpoint` on its device, bf16 unless turned off.
+    """Load or build the pipeline of `args.checkpoint`, bf16 unless turned off.
+
+    It is on its device, or on the host if step `memory` is to place it.
 
     Returns: diffusers.FluxPipeline or FluxKontextPipeline, unchanged by any step.
     Raises: UserError if the weights are missing, damaged or not to be had.
     """
     import diffusers
 
+    from utils import schedulers
     from utils.quiet import no_bars_without_terminal
 
     no_bars_without_terminal()
     if args.checkpoint.random_weights:
         from utils.random_weights import build
 
-        pipeline = build(args.checkpoint, args.dtype, args.device, args.seed)
+        pipeline = build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
         from safetensors import SafetensorError
 
@@ -65,12 +74,14 @@ def load_pipeline(args):
 
         cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
         source = args.checkpoint.path or args.checkpoint.name
+        other = {"transformer": None} if args.gguf_file else {}  # step gguf brings it
         try:
-            pipeline = cls.from_pretrained(source, dtype=args.dtype)
+            pipeline = cls.from_pretrained(source, dtype=args.dtype, **other)
         except (OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())
             raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
-        pipeline.to(args.device)
+        pipeline.to(args.load_device)
+    schedulers.install(pipeline, args)
     pipeline.set_progress_bar_config(disable=None, leave=False)
     return pipeline
 
@@ -100,6 +111,8 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
     """
     import torch
 
+    from utils import guidance, schedulers
+
     count = len(args.prompt) * args.num_images_per_prompt
     call = {
         "prompt": args.prompt,
@@ -110,6 +123,8 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
         "num_images_per_prompt": args.num_images_per_prompt,
         "generator": [torch.Generator("cpu").manual_seed(args.seed + k) for k in range(count)],
         "output_type": output_type,
+        **guidance.call(args),
+        **schedulers.call(args),
     }
     if args.guidance_scale is not None:
         call["guidance_scale"] = args.guidance_scale

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from utils import checkpoints
+from utils import acceleration, checkpoints, guidance, schedulers
 from utils.errors import UserError
 
 MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
@@ -24,6 +24,7 @@ def prepare(args) -> None:
     Raises: UserError with one line per problem.
     """
     problems = [*number_problems(args), *_path_problems(args)]
+    problems += [*guidance.problems(args), *schedulers.problems(args)]
     if problems:
         raise UserError("\n".join(problems))
     args.ckpt_is_default = args.ckpt is None
@@ -37,18 +38,20 @@ def prepare(args) -> None:
     if args.ckpt_is_default:
         args.ckpt = checkpoints.DEFAULT_CKPT[args.machine.device]
         args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
+    acceleration.settle(args)
     _fill_in(args)
     if problems := _call_problems(args):
         raise UserError("\n".join(problems))
     args.pil_image = open_image(args)
+    _settle_mode(args)
+    if args.random_weights and args.load_device == args.device:
+        _check_room(args)
     if getattr(args, "peer", None):
         from utils import peers
 
         args.plan = peers.plan(args)
     else:
         args.plan = _plan(args)
-    if args.random_weights:
-        _check_room(args)
 
 
 def begin(args) -> tuple:
@@ -142,8 +145,6 @@ def _fill_in(args) -> None:
     """Set the defaults that depend on the checkpoint and the device."""
     import torch
 
-    from utils.steps import compile
-
     defaults = args.checkpoint.defaults
     args.prompt = args.prompt or [args.checkpoint.prompt]
     args.height = args.height or args.checkpoint.native_size
@@ -152,11 +153,21 @@ def _fill_in(args) -> None:
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
     args.text_tokens = args.max_sequence_length  # text_padding may need fewer
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
+    args.compile_scope = args.compile_scope or ("blocks" if args.cache_dit_config else "full")
+
+
+def _settle_mode(args) -> None:
+    """Choose the memory tier, and with it the default of the compile mode."""
+    from utils.steps import compile, gguf, memory
+
+    memory.settle(args)
     args.mode_reason = ""
     if args.compile_export_mode is None:
-        mode = compile.default_mode(args.machine, bool(args.cache_dit_config))
+        mode = memory.default_mode(args)
+        mode = mode or compile.default_mode(args.machine, bool(args.cache_dit_config))
+        if mode[0] == "export_aoti" and gguf.is_compressed(args):
+            mode = "compile", "the default with a compressed GGUF, which cannot be exported"
         args.compile_export_mode, args.mode_reason = mode
-    args.compile_scope = args.compile_scope or ("blocks" if args.cache_dit_config else "full")
 
 
 def _call_problems(args) -> list[str]:

@@ -63,7 +63,8 @@ def report_cut_prompts(pipeline, args) -> list[str]:
         ("T5", pipeline.tokenizer_2, args.max_sequence_length, "see --max_sequence_length"),
     )
     lines = []
-    for prompt in args.prompt:
+    negative = [args.negative_prompt] if args.negative_prompt else []
+    for prompt in (*args.prompt, *negative):
         for name, tokenizer, window, hint in windows:
             found = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
             if found > window:

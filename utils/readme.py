@@ -7,7 +7,7 @@ test fails when one is out of date.
 from argparse import Namespace
 from pathlib import Path
 
-from utils import startup
+from utils import gguf_table, startup
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
@@ -15,6 +15,7 @@ from utils.report import fill, measured
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PACKAGES = README.parent / "docs" / "packages.md"
+MEMORY = README.parent / "docs" / "memory.md"
 MACHINES = {  # what `hardware.detect` finds there; tests go through it
     "H100, H200": Machine("cuda", "NVIDIA H200", (9, 0)),
     "L20, L40S, RTX 4090": Machine("cuda", "NVIDIA L40S", (8, 9)),
@@ -63,6 +64,8 @@ def choices(machine: Machine) -> tuple[str, ...]:
         machine=machine,
         dtype=torch.bfloat16,
         disable_quant=False,
+        gguf_file=None,
+        swap_loras=False,
         quant_granularity="row",
         quant_filter="blocks",
     )
@@ -83,6 +86,7 @@ def hardware() -> str:
 
 SECTIONS = {"steps": steps, "hardware": hardware, "measured": measured}
 STARTS = {"starts": startup.measured}
+FILES = {"gguf": gguf_table.rows}
 
 
 def render(text: str, sections: dict | None = None, where: str = "README") -> str:
@@ -99,3 +103,4 @@ if __name__ == "__main__":
     quiet_libraries()
     README.write_text(render(README.read_text()))
     PACKAGES.write_text(render(PACKAGES.read_text(), STARTS, PACKAGES.name))
+    MEMORY.write_text(render(MEMORY.read_text(), FILES, MEMORY.name))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils import quality
 from utils.progress import say
+from utils.steps import lora
 
 FORMAT = 1
 OTHER_SEED = 1000  # added to the seed; no row reaches that many images
@@ -21,10 +22,13 @@ OTHER_SEED = 1000  # added to the seed; no row reaches that many images
 def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[dict, Path]:
     """Give the reference of these prompts, made now if it is not kept yet.
 
-    `pipeline` must be untouched: plain diffusers in the run's own dtype.
+    `pipeline` must be untouched: plain diffusers in the run's own dtype. Where its transformer is
+    to come from a GGUF file, or its weights wait on the host, the checkpoint is loaded once more.
 
     Returns: {"eager": Result, "fp32": Result or None, "other_seed_psnr_db": float}, and its file.
     """
+    import torch
+
     from utils.artifacts import open_cache
 
     identity = identity_of(args, prompts, with_fp32)
@@ -33,11 +37,20 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
     if (found := _load(path, identity)) is not None:
         return found, path
     say("reference", f"plain diffusers, {len(prompts)} prompts, once; kept in {path.parent}")
-    eager = quality.run(pipeline, args, prompts)
+    if args.gguf_file or args.load_device != args.device:
+        pipeline = _load_plain(args, args.dtype)
     other = copy.copy(args)
     other.seed = args.seed + OTHER_SEED
-    seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
-    fp32 = _run_fp32(args, prompts) if with_fp32 else None
+    with lora.beside(pipeline, args):
+        eager = quality.run(pipeline, args, prompts)
+        seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
+    fp32 = None
+    if with_fp32:
+        exact = copy.copy(args)
+        exact.dtype = torch.float32
+        pipeline = _load_plain(args, exact.dtype)
+        with lora.beside(pipeline, exact):
+            fp32 = quality.run(pipeline, exact, prompts)
     made = {"eager": eager, "fp32": fp32, "other_seed_psnr_db": seed_db}
     _save(path, identity, made)
     return made, path
@@ -54,6 +67,7 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
     return {
         "format": FORMAT,
         "weights": args.checkpoint.identity(args.cache_dir),
+        "lora": args.plan[lora.NAME].settings,
         "kind": args.checkpoint.kind,
         "prompts": prompts,
         "image": image,
@@ -65,15 +79,17 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
     }
 
 
-def _run_fp32(args, prompts: list[str]):
-    """Load the checkpoint once more in float32 and run it."""
-    import torch
-
+def _load_plain(args, dtype):
+    """Load the checkpoint once more, with its own weights."""
     from utils.pipeline_utils import load_pipeline
+    from utils.steps import memory
 
-    exact = copy.copy(args)
-    exact.dtype = torch.float32
-    return quality.run(load_pipeline(exact), exact, prompts)
+    plain = copy.copy(args)
+    plain.dtype, plain.gguf_file = dtype, None
+    pipeline = load_pipeline(plain)
+    if args.load_device != args.device:
+        memory.place(pipeline, plain, "group")  # it fits nearly anywhere, and changes no bit
+    return pipeline
 
 
 def _save(path: Path, identity: dict, made: dict) -> None:

@@ -122,9 +122,10 @@ def precision_of(args) -> Precision:
 
 def call_of(args) -> Call:
     """Collect the shapes of the run's call; steps that a mask predicts are no work."""
+    from utils.schedulers import evaluations
     from utils.steps.step_mask import mask_of
 
-    prompts, image, steps = len(args.prompt), args.pil_image, args.num_inference_steps
+    prompts, image, steps = len(args.prompt), args.pil_image, evaluations(args)
     return Call(
         height=args.height,
         width=args.width,
@@ -134,6 +135,7 @@ def call_of(args) -> Call:
         images=prompts * args.num_images_per_prompt,
         reference=None if image is None else (image.height, image.width),
         modulation_once=args.modulation_once,
+        true_cfg=args.true_cfg_scale is not None,
     )
 
 

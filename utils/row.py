@@ -112,7 +112,8 @@ def stage_seconds(regions: list[dict[str, list[float]]]) -> dict:
     """Turn the clock's regions of every timed run into one spread per stage.
 
     `postprocessing` contains `pil_conversion`; it is given without it. Units: seconds;
-    `denoising_step` is per step, every other stage per call. `image_encoding` is Kontext's alone.
+    `denoising_step` is per forward of the transformer and `prompt_encoding` per encoding (with true
+    CFG two of either), every other stage per call. `image_encoding` is Kontext's alone.
     """
     from utils.benchmark_utils import Spread
 

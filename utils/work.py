@@ -52,11 +52,12 @@ class Call:
     height: int  # pixels
     width: int
     text_tokens: int
-    steps: int
+    steps: int  # evaluations of the velocity: with Heun's method more than steps of the schedule
     prompts: int = 1
     images: int = 1  # of all prompts together
     reference: tuple[int, int] | None = None  # height and width of Kontext's image, pixels
     modulation_once: bool = False  # before the loop, for all steps
+    true_cfg: bool = False  # text encoders and transformer run once more, with a negative prompt
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Work:
 
     def runs(self, name: str) -> int:
         """Say how often a stage runs in the call."""
-        return self.call.steps if name == "denoising_step" else 1
+        often = 1 + (self.call.true_cfg and name in ("prompt_encoding", "denoising_step"))
+        return often * self.call.steps if name == "denoising_step" else often
 
 
 def transformer(config: dict, batch: int, image: int, text: int, precision: Precision) -> list:

@@ -25,11 +25,25 @@ def checkpoint_digest(folder: Path, root: Path) -> str:
     Returns: hex digits
     """
     folder = folder.resolve()
+    files = [file for pattern in WEIGHTS for file in sorted(folder.rglob(pattern))]
+    return _digest(files, folder, folder, root)
+
+
+def file_digest(file: Path, root: Path) -> str:
+    """Digest one file of weights, such as a GGUF, in the same way.
+
+    Returns: hex digits
+    """
+    file = file.resolve()
+    return _digest([file], file.parent, file, root)
+
+
+def _digest(files: list[Path], folder: Path, of: Path, root: Path) -> str:
     # A dot, no dash: the names of packages begin with a component and a dash
-    path = root / f"digests.{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}.json"
+    path = root / f"digests.{hashlib.sha256(str(of).encode()).hexdigest()[:12]}.json"
     known, now = _load(path), {}
     digest = hashlib.sha256()
-    for file in [file for pattern in WEIGHTS for file in sorted(folder.rglob(pattern))]:
+    for file in files:
         name = str(file.relative_to(folder))
         key, entry = _key(file.stat()), known.get(name)
         if not entry or entry[:-1] != key:

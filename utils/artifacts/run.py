@@ -6,11 +6,11 @@ from pathlib import Path
 from utils.artifacts.identity import code_digest, environment
 from utils.artifacts.private import open_cache
 from utils.artifacts.store import nearest
-from utils.steps import step_mask, text_encoders, text_padding
+from utils.steps import gguf, memory, step_mask, text_encoders, text_padding
 
 UTILS = Path(__file__).resolve().parent.parent
 # Steps that call the packages otherwise, or not at all, and are not in them
-OUTSIDE = (step_mask, text_encoders, text_padding)
+OUTSIDE = (memory, step_mask, text_encoders, text_padding)
 # Sources that shape a package beside the kernels and the steps that are on: a test follows imports
 GRAPH = ("aoti.py", "calls.py", "denoise.py", "steps/__init__.py")
 
@@ -57,7 +57,8 @@ def weights_of_run(args) -> dict:
 
     Whoever adds a source of weights (a file, an adapter) adds its digest here, and nowhere else.
     """
-    return {
+    transformer = {"gguf": gguf.identity(args)} if args.gguf_file else {}
+    return transformer | {
         "name": args.checkpoint.name,
         "weights": args.checkpoint.identity(args.cache_dir),  # a local one is read once for it
     }

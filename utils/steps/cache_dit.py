@@ -53,6 +53,16 @@ def check(args) -> Verdict:
             "--cache_dit_config: a step cache decides between the blocks and cannot be exported; "
             "use --compile_export_mode compile"
         )
+    if args.scheduler == "heun":
+        return refused(
+            f"--cache_dit_config {path}: the cache counts forwards as steps, heun takes two a "
+            "step; leave one of the two out"
+        )
+    if args.true_cfg_scale is not None:
+        return refused(
+            f"--cache_dit_config {path}: one cache would mix the two forwards of true CFG; leave "
+            "out --cache_dit_config or --true_cfg_scale"
+        )
     try:
         cache, taylor = read_settings(path)
     except ValueError as error:

@@ -16,7 +16,17 @@ import time
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, compile, components, off, on, quant, refused, text_encoders
+from utils.steps import (
+    Verdict,
+    compile,
+    components,
+    gguf,
+    off,
+    on,
+    quant,
+    refused,
+    text_encoders,
+)
 
 NAME = "export_aoti"
 AFTER = ("inductor_tuning_flags",)
@@ -75,6 +85,11 @@ def check(args) -> Verdict:
                     "compile (nothing else is kept)"
                 )
         return off(f"--compile_export_mode {mode}")
+    if gguf.is_compressed(args):
+        return refused(
+            "--compile_export_mode export_aoti: torch.export drops the types of a GGUF's bytes; "
+            "use --gguf_mode dequantize or --compile_export_mode compile"
+        )
     by_tensor = args.compile_scope == "blocks" and args.quant_granularity == "tensor"
     if by_tensor and quant.check(args).is_on:
         return refused(

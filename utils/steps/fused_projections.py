@@ -7,10 +7,10 @@ peak grows by one module's matrices only. After it unfuse_qkv_projections() and 
 the old names fail; fuse LoRAs before.
 """
 
-from utils.steps import Verdict, off, on
+from utils.steps import Verdict, gguf, off, on
 
 NAME = "fused_projections"
-AFTER = ()
+AFTER = ("gguf",)
 
 SEPARATE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -28,10 +28,17 @@ def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if args.disable_fused_projections:
         return off("--disable_fused_projections")
+    if gguf.is_compressed(args):
+        return on(modules="VAE")  # a GGUF's matrices are bytes of types of their own
+    if args.swap_loras:
+        return off("--swap_loras: fused matrices would leave the LoRA's Q, K and V out")
     return on()
 
 
 def _fuse(module) -> None:
+    separate = module._modules.get("to_q")
+    if separate is not None and hasattr(separate.weight, "quant_type"):  # bytes of a GGUF file
+        return
     # A cross attention's fused matrix is K and V only: its to_q is still read
     if getattr(module, "is_cross_attention", False):
         return

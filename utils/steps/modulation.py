@@ -10,6 +10,7 @@ Unmeasured on a GPU, and therefore off by default. What it may save of FLUX.1 in
 call's total, not of `denoising_step`.
 """
 
+from utils.schedulers import loop_problem
 from utils.steps import Verdict, off, on, refused
 
 NAME = "modulation"
@@ -34,6 +35,13 @@ def check(args) -> Verdict:
         return refused(
             "--modulation_once: a step cache calls the blocks itself, with one vector for all of "
             "them; leave out --modulation_once or --cache_dit_config"
+        )
+    if problem := loop_problem(args):
+        return refused(f"--modulation_once: {problem}")
+    if args.true_cfg_scale is not None:
+        return refused(
+            "--modulation_once: its loop calls the transformer once a step, true CFG twice; leave "
+            "out --modulation_once or --true_cfg_scale"
         )
     return on()
 

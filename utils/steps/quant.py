@@ -11,7 +11,7 @@ single blocks' proj_out, 28 % of all the blocks' work, stays in. `--quant_granul
 
 from utils.errors import UserError
 from utils.hardware import Machine
-from utils.steps import Verdict, import_problem, off, on, refused, unavailable
+from utils.steps import Verdict, gguf, import_problem, off, on, refused, unavailable
 
 NAME = "quant"
 AFTER = ("fused_projections",)
@@ -69,6 +69,10 @@ def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if args.disable_quant:
         return off("--disable_quant")
+    if gguf.is_compressed(args):
+        return off("a GGUF's weights stay compressed; --gguf_mode dequantize lets float8 take over")
+    if args.swap_loras:
+        return off("--swap_loras: LoRAs beside the weights stay in the model's own dtype")
     reason = lacking(args.machine)
     if reason:
         return unavailable(reason)

@@ -15,6 +15,7 @@ four distilled steps, none like the last, and is refused.
 
 from dataclasses import dataclass
 
+from utils.schedulers import loop_problem
 from utils.steps import Verdict, off, on, refused
 
 NAME = "step_mask"
@@ -83,6 +84,13 @@ def check(args) -> Verdict:
         return refused(
             f"--step_mask {text}: --cache_dit_config decides about the same steps, and would count "
             "those that it never sees; leave one of the two out"
+        )
+    if problem := loop_problem(args):
+        return refused(f"--step_mask {text}: {problem}")
+    if args.true_cfg_scale is not None:
+        return refused(
+            f"--step_mask {text}: the mask counts one forward a step, true CFG runs two; leave out "
+            "--step_mask or --true_cfg_scale"
         )
     try:
         mask = mask_of(text, args.num_inference_steps)

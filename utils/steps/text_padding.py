@@ -40,6 +40,8 @@ def bucket(tokenizer, prompts: list[str], most: int) -> int:
 
 def apply(pipeline, args) -> None:
     """Shorten what encode_prompt is asked for; embeddings that are given stay as they are."""
+    from utils import guidance
+
     encode = pipeline.encode_prompt
 
     @functools.wraps(encode)
@@ -51,4 +53,5 @@ def apply(pipeline, args) -> None:
         return encode(prompt, prompt_2, max_sequence_length=max_sequence_length, **named)
 
     pipeline.encode_prompt = shortened
-    args.text_tokens = bucket(pipeline.tokenizer_2, args.prompt, args.max_sequence_length)
+    prompts = [*args.prompt, *guidance.call(args).get("negative_prompt", ())]
+    args.text_tokens = bucket(pipeline.tokenizer_2, prompts, args.max_sequence_length)

@@ -52,6 +52,7 @@ class TritonPythonModel:
 
         self.args, _ = parts.begin(arguments)
         self.start = Start(self.args)
+        calls.DECOUPLED.add("dit_kept")
         self.config = configs_of(self.args.checkpoint)["transformer"]
 
     def execute(self, requests) -> list:

@@ -1,0 +1,166 @@
+"""How much memory a run needs in each tier, from the configs alone, and which tier fits.
+
+Weights are counted exactly. What is live beside them is a number of copies of the widest tensor,
+measured on the eager modules at FLUX.1's full size (tests/test_memory.py counts again):
+
+transformer  17.2 tensors (B, tokens, d), in the single blocks, whose MLP and QKV stand side by side
+VAE          3 tensors of the last block's input, at full resolution
+GGUF         what decoding one matrix takes: 12 bytes a weight
+
+Compiled code needs less than eager, CUDA graphs a pool of their own, kernels workspaces: RESERVE.
+"""
+
+import re
+from dataclasses import dataclass
+
+from utils.layers import WIDTH, Precision, total
+from utils.random_weights import configs_of
+from utils.work import Call, Work, count, vae_encoder
+
+GIB = 2**30
+TIERS = ("full", "encoders", "tiled", "group", "sequential")
+ON_A_CPU = ("full", "tiled")  # weights that leave go where they are
+TILED = TIERS[2:]
+OFFLOADED = TIERS[3:]  # the transformer's weights move in every step
+TENSORS_OF_A_STEP = 17.2
+TENSORS_OF_THE_VAE = 3.0
+GGUF_BYTES_OF_A_WEIGHT = 12
+BLOCKS_AT_ONCE = 2  # the one that runs, and the next on its way
+RESERVE_GIB = {"cuda": 1.0, "cpu": 0.75}  # workspaces, graphs, fragmentation; torch itself
+TILES = 2  # along an edge of the checkpoint's own size
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a tier keeps on the device and what comes on top at its widest moment. Units: bytes."""
+
+    weights: int
+    moment: int
+    reserve: int
+
+    @property
+    def gib(self) -> float:
+        """Give the peak. Units: GiB"""
+        return (self.weights + self.moment + self.reserve) / GIB
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "tensors": self.moment, "reserve": self.reserve}
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return f"{self.gib:.2f}GiB ({listed})"
+
+
+def parse_size(text: str) -> int | None:
+    """Read 10GiB, 10GB or 512MiB; None if it is none of these. Units: bytes"""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text)
+    if not found:
+        return None
+    number, letter, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (2 if letter == "M" else 3))
+
+
+def free_bytes(args) -> int:
+    """Ask the device, or on a CPU the system, for what is free now."""
+    if args.machine.device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(args.device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def work_of(args, float8: bool) -> Work:
+    """List the run's layers before there is a plan; one step, since memory knows no steps."""
+    image = args.pil_image
+    prompts = len(args.prompt)
+    call = Call(
+        height=args.height,
+        width=args.width,
+        text_tokens=args.max_sequence_length,
+        steps=1,
+        prompts=prompts,
+        images=prompts * args.num_images_per_prompt,
+        reference=None if image is None else (image.height, image.width),
+    )
+    everything = "fp8" if float8 and args.quant_filter == "all" else ""
+    base = "fp32" if args.disable_bf16 else "bf16"
+    precision = Precision(base, linear="fp8" if float8 else "", other=everything)
+    return count(configs_of(args.checkpoint), call, precision)
+
+
+def estimate(args, tier: str, float8: bool, gguf_bytes: int | None = None) -> Estimate:
+    """Estimate the peak on the device.
+
+    `float8`: the blocks' Linears are; `gguf_bytes`: the transformer's, where it stays compressed.
+    """
+    work = work_of(args, float8)
+    configs, layers = configs_of(args.checkpoint), work.layers
+    base = WIDTH["fp32" if args.disable_bf16 else "bf16"]
+    transformer = gguf_bytes or sum(
+        x.count * x.parameters * WIDTH[x.dtype] for x in layers["transformer"]
+    )
+    scale = transformer / total(layers["transformer"], "parameters")
+    encoders = {name: base * total(layers[name], "parameters") for name in ("t5", "clip")}
+    encoder = vae_encoder(configs["vae"], 1, (work.call.height, work.call.width), "bf16")
+    vae = base * (total(layers["vae_decoder"], "parameters") + total(encoder, "parameters"))
+
+    on_cpu = args.machine.device == "cpu"
+    weights, text = vae + transformer + sum(encoders.values()), 0
+    if tier != "full" and not on_cpu:
+        weights -= sum(encoders.values())
+        text = base * _largest(layers["t5"])
+    step = _step_bytes(configs, work, base)
+    if gguf_bytes:
+        step += GGUF_BYTES_OF_A_WEIGHT * _largest(layers["transformer"])
+    if tier in OFFLOADED and not on_cpu:
+        weights -= transformer
+        held = _largest(layers["transformer"])
+        if tier == "group":
+            blocks = [
+                _block(layers["transformer"], part) for part in ("double blocks", "single blocks")
+            ]
+            embedders = total(layers["transformer"], "parameters") - sum(n * b for n, b in blocks)
+            held = embedders + BLOCKS_AT_ONCE * max(size for _, size in blocks)
+        step += int(scale * held)
+    moments = (
+        text + _text_bytes(configs["text_encoder_2"], work.call, base),
+        step,
+        _vae_bytes(configs["vae"], args, work.call, tier, base),
+    )
+    reserve = int(RESERVE_GIB[args.machine.device] * GIB)
+    return Estimate(int(weights), int(max(moments)), reserve)
+
+
+def _largest(layers) -> int:
+    return max(layer.parameters for layer in layers)
+
+
+def _block(layers, part: str) -> tuple[int, int]:
+    """Give number of blocks and parameters of one."""
+    here = [layer for layer in layers if layer.part == part]
+    number = next(layer.count for layer in here if layer.kind == "attention")
+    return number, total(here, "parameters") // number
+
+
+def _step_bytes(configs: dict, work: Work, base: int) -> float:
+    rows = next(x for x in work.layers["transformer"] if x.kind == "attention").shape.split(" x ")
+    batch, heads, tokens, head = (int(n) for n in rows)
+    return TENSORS_OF_A_STEP * base * batch * heads * tokens * head
+
+
+def _text_bytes(config: dict, call: Call, base: int) -> int:
+    """Give T5's widest moment: scores and bias of all heads (fp32 softmax), or the gated MLP."""
+    scores = config["num_heads"] * call.text_tokens**2 * (2 * base + 4)
+    return call.prompts * max(scores, 4 * base * call.text_tokens * config["d_ff"])
+
+
+def _vae_bytes(config: dict, args, call: Call, tier: str, base: int) -> float:
+    edges, images = (call.height, call.width), call.images
+    if tier in TILED:  # slices of one image, tiles of half the checkpoint's own size
+        tile = args.checkpoint.native_size // TILES
+        edges, images = (min(edge, tile) for edge in edges), 1
+    height, width = edges
+    channels = config["block_out_channels"]
+    widest = max(channels[0], channels[1])  # the last block's input, behind its upsampling
+    picture = 3 * 4 * call.images * call.height * call.width  # what the tiles are put into, fp32
+    return TENSORS_OF_THE_VAE * base * images * height * width * widest + picture
