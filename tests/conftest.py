@@ -102,3 +102,29 @@ def roomy(as_machine):
     from utils.hardware import Machine
 
     as_machine(Machine("cpu", "any", memory_gib=512.0))
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """Give a function that runs a script in a process of its own, with its pictures in tmp_path."""
+    import doctor_pieces
+
+    def run(*argv, **around) -> doctor_pieces.Done:
+        argv = [*argv, "--output-file", tmp_path / "x.png"] if argv[0] == "gen_image.py" else argv
+        return doctor_pieces.run(*argv, folder=tmp_path, **around)
+
+    return run
+
+
+@pytest.fixture
+def explained(tmp_path):
+    """Give a function: what a failed run wrote -> the doctor's commands, by the advice's name."""
+    import doctor_pieces
+
+    def of(done: doctor_pieces.Done) -> dict[str, list[str]]:
+        assert done.output.strip()
+        code, found = doctor_pieces.explain(done.output, tmp_path)
+        assert code == 0, done.output
+        return {one["name"]: one["commands"] for one in found}
+
+    return of

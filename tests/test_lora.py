@@ -9,6 +9,7 @@ from conftest import MODES, make_args, optimized
 from lora_pieces import DOUBLE, LAYERS, RANK, write_lora
 from safetensors.torch import load_file, save_file
 
+from extras.write_gguf import transformer_folder, write
 from utils import loras, quality
 from utils.errors import UserError
 
@@ -239,7 +240,7 @@ def test_kohyas_format_gives_the_same_weights(folder, tmp_path):
 
 def test_a_compressed_gguf_takes_no_lora(folder, tmp_path):
     file = tmp_path / "Q8_0.gguf"
-    write(["--ckpt", "tiny-schnell", "--type", "Q8_0", "--output-file", str(file)])
+    write(transformer_folder("tiny-schnell"), file, "Q8_0")
     both = ("--lora", str(folder / "a.safetensors"), "--gguf_file", str(file))
     with pytest.raises(UserError, match="stay compressed; use --gguf_mode dequantize"):
         make_args(*both)

@@ -18,8 +18,25 @@ MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
 def prepare(args) -> None:
     """Fill in what the flags leave open and settle what each step will do, in place.
 
-    Adds: args.checkpoint, args.machine, args.dtype, args.pil_image, args.plan
-    (step name -> Verdict, in the order of STEPS).
+    Adds: what settle_call() adds, and args.plan (step name -> Verdict, in the order of STEPS).
+
+    Raises: UserError with one line per problem.
+    """
+    settle_call(args)
+    if args.random_weights and args.load_device == args.device:
+        _check_room(args)
+    if getattr(args, "peer", None):
+        from utils import peers
+
+        args.plan = peers.plan(args)
+    else:
+        args.plan = _plan(args)
+
+
+def settle_call(args) -> None:
+    """Fill in what the flags leave open of checkpoint, machine and call, in place.
+
+    Adds: args.checkpoint, args.machine, args.dtype, args.pil_image, and what step memory settles.
 
     Raises: UserError with one line per problem.
     """
@@ -44,14 +61,6 @@ def prepare(args) -> None:
         raise UserError("\n".join(problems))
     args.pil_image = open_image(args)
     _settle_mode(args)
-    if args.random_weights and args.load_device == args.device:
-        _check_room(args)
-    if getattr(args, "peer", None):
-        from utils import peers
-
-        args.plan = peers.plan(args)
-    else:
-        args.plan = _plan(args)
 
 
 def begin(args) -> tuple:
@@ -251,11 +260,16 @@ def _check_room(args) -> None:
         )
 
 
-def _plan(args) -> dict:
-    """Ask every step, then stop if any refuses or a required one cannot run."""
+def ask_steps(args) -> dict:
+    """Ask every step for its verdict on a settled call, by name and in order."""
     from utils.pipeline_utils import STEPS
 
-    plan = {step.NAME: step.check(args) for step in STEPS}
+    return {step.NAME: step.check(args) for step in STEPS}
+
+
+def _plan(args) -> dict:
+    """Ask every step, then stop if any refuses or a required one cannot run."""
+    plan = ask_steps(args)
     problems = [verdict.reason for verdict in plan.values() if verdict.state == "refused"]
     for name in args.require or ():
         if name not in plan:

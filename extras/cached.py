@@ -1,0 +1,220 @@
+"""Requests with a memory: the same request gives the stored picture, the same text its embeddings.
+
+python -m extras.cached --prompt "..." [any flag of gen_image.py]
+
+What belongs to a request is everything that changes its picture: every flag but those of NEUTRAL,
+the contents of files that flags name, the checkpoint's weights, every step that is on with its
+settings, the machine, the versions and the sources of steps and kernels. A flag that this module
+does not know belongs to it too, so a new one cannot be forgotten.
+
+A request that was made before loads no weight. Otherwise its text embeddings are looked for (they
+depend on neither seed nor size), and the picture is made and stored. Entries are packages of
+utils/artifacts: a private folder, digests that are checked before use, atomic writes, one builder
+at a time, the least recently used ones leave first. Benchmarks never come here.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from utils import artifacts
+from utils.benchmark_utils import create_parser
+from utils.errors import UserError, run_script
+from utils.quiet import quiet_libraries
+
+NEUTRAL = {  # flags that decide where things lie or whether the run starts, never the picture
+    "cache_dir": "where packages are",
+    "force_export": "builds the same package again",
+    "output_file": "where the picture goes",
+    "request_cache": "where this module's entries are",
+    "max_size": "how many of them",
+    "require": "stops the run, or does nothing",
+    "use_cached_model": "stops the run, or does nothing",
+}
+EXPLAINS = ("why",)  # settings that give a reason and change nothing
+SOURCES = Path(artifacts.__file__).parent.parent  # utils: whoever edits a step wants its picture
+FIRST = ".png0"  # ending of a request's first picture
+TEXT = ".safetensors"
+
+
+def request_identity(args) -> dict:
+    """Say all that a prepared run's pictures depend on, as utils/artifacts compares it."""
+    identity = _of_run(args)
+    flags = {name: value for name, value in vars(args).items() if name in _flags()}
+    named = (value for value in flags.values() if isinstance(value, str))
+    return identity | {
+        "component": "request",
+        "flags": {name: _plain(value) for name, value in flags.items()},
+        "files": {name: _digest(Path(name)) for name in named if Path(name).is_file()},
+    }
+
+
+def text_identity(args, **call) -> dict:
+    """Say what the embeddings of one call of encode_prompt depend on."""
+    return _of_run(args) | {"component": "text", "call": call}
+
+
+def _of_run(args) -> dict:
+    """Say what a package of this run depends on, and what its pictures depend on beyond that."""
+    from utils import card
+    from utils.steps import compile
+
+    identity = artifacts.identity_of_run(args, compile.compiler_options(args))
+    return identity | {
+        "steps": {
+            name: {key: value for key, value in verdict.settings.items() if key not in EXPLAINS}
+            for name, verdict in args.plan.items()
+            if verdict.is_on
+        },
+        "versions": identity["versions"] | card.versions(),
+        "code": _sources_digest(),
+    }
+
+
+@functools.cache
+def _sources_digest() -> str:
+    return artifacts.code_digest(list(SOURCES.rglob("*.py")))
+
+
+def _flags() -> set[str]:
+    """Name every flag of a run that may change its picture."""
+    return {action.dest for action in create_parser()._actions} - {"help"} - NEUTRAL.keys()
+
+
+def _plain(value):
+    return value if isinstance(value, (bool, int, float, list, type(None))) else str(value)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_pictures(root: Path, identity: dict) -> tuple[list[bytes], list[str]]:
+    """Look for a request's pictures, digests checked.
+
+    Returns: PNG files in order, none if there is no whole entry; then what stands against it.
+    """
+    package, lines = artifacts.find(root, identity, FIRST)
+    if package is None:
+        return [], lines
+    names = [f".png{k}" for k in range(len(package.files))]
+    return [package.files[name].read_bytes() for name in names], []
+
+
+def remember_text(pipeline, args, root: Path, seen: dict[str, int]) -> None:
+    """Let encode_prompt look for its result before it computes it; `seen` counts both.
+
+    Embeddings that are handed over by the caller pass through.
+    """
+    from safetensors.torch import load, save
+
+    encode, device = pipeline.encode_prompt, pipeline.device
+
+    def remembering(prompt=None, prompt_2=None, **named):
+        given = {key: named.get(key) for key in ("prompt_embeds", "pooled_prompt_embeds")}
+        if any(value is not None for value in given.values()):
+            return encode(prompt, prompt_2, **named)
+        others = {key: str(value) for key, value in named.items() if key not in given}
+        identity = text_identity(args, prompt=prompt, prompt_2=prompt_2, **others)
+        package, _ = artifacts.find(root, identity, TEXT)
+        seen["hits" if package else "misses"] += 1
+        if package is None:
+            tensors = dict(zip("012", encode(prompt, prompt_2, **named), strict=True))
+            content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+            with artifacts.building(root, identity):
+                artifacts.save(root, identity, {TEXT: content}, {})
+        else:
+            tensors = load(package.files[TEXT].read_bytes())
+        return tuple(tensors[name].to(device) for name in "012")
+
+    pipeline.encode_prompt = remembering
+
+
+def evict(root: Path, max_size: int) -> None:
+    """Remove what was used longest ago until the rest is no larger. Units: bytes"""
+    from utils.artifacts.__main__ import entries, prune
+
+    if sum(entry.size for entry in entries(root)) > max_size:
+        with contextlib.redirect_stdout(sys.stderr):
+            prune(root, max_size)
+
+
+def write_pictures(pictures: list[bytes], output_file: str) -> list[Path]:
+    """Write PNG files as utils/images.py names them; each whole or not at all."""
+    target, written = Path(output_file), []
+    for k, content in enumerate(pictures):
+        path = target if len(pictures) == 1 else target.with_stem(f"{target.stem}_{k}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        written.append(path)
+    return written
+
+
+def make(args, root: Path, identity: dict) -> list[Path]:
+    """Make a request's pictures and store them; its text embeddings may be there already."""
+    from utils import card
+    from utils.images import save_images
+    from utils.pipeline_utils import generate, load_pipeline, optimize, reused_steps
+
+    print(card.render(args), flush=True)
+    seen = {"hits": 0, "misses": 0}
+    pipeline = optimize(load_pipeline(args), args)
+    remember_text(pipeline, args, root, seen)
+    paths = save_images(generate(pipeline, args), args, reused_steps(pipeline, args))
+    pictures = {f".png{k}": path.read_bytes() for k, path in enumerate(paths)}
+    artifacts.save(root, identity, pictures, {})
+    print(f"text        {'found' if seen['hits'] else 'encoded and stored'}")
+    return paths
+
+
+def parse_arguments():
+    """Add the memory's own flags to those of a run."""
+    from utils.steps.export_aoti import CACHE_DIR
+
+    parser = create_parser("Make images, or find those of the same request; see --request_cache.")
+    add = parser.add_argument_group("memory of requests").add_argument
+    add("--request_cache", metavar="DIR", default=f"{CACHE_DIR}-requests", help="yours alone")
+    add("--max_size", metavar="SIZE", default="2GB", help="of all entries; the oldest leave first")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, look for the request, and make it if it is not there."""
+    from utils.artifacts.__main__ import parse_size
+
+    args = parse_arguments()
+    limit = parse_size(args.max_size)
+    if problem := artifacts.cache_problem(args.request_cache):
+        raise UserError(problem.replace("--cache-dir", "--request_cache", 1))
+    quiet_libraries()
+    from utils.prepare import prepare
+
+    start = time.perf_counter()
+    prepare(args)
+    root = artifacts.open_cache(args.request_cache)
+    identity = request_identity(args)
+    pictures, lines = find_pictures(root, identity)
+    if not pictures:
+        with artifacts.building(root, identity):  # a second process waits here, then finds it
+            pictures, _ = find_pictures(root, identity)
+            paths = [] if pictures else make(args, root, identity)
+    if pictures:
+        paths = write_pictures(pictures, args.output_file)
+    found = "found" if pictures else f"made ({lines[0]})"
+    for path in paths:
+        print(f"wrote {path}")
+    print(f"request     {found} in {time.perf_counter() - start:.2f} s, {root}")
+    evict(root, limit)
+
+
+if __name__ == "__main__":
+    run_script(main)
