@@ -19,14 +19,19 @@ def main() -> None:
 def make_images(args) -> None:
     """Check, load, optimise, generate, save."""
     quiet_libraries()
+    from utils.prepare import begin
+
+    produce(*begin(args), args)
+
+
+def produce(pipeline, load_s: float, args) -> None:
+    """Optimise a loaded pipeline, generate, save, and say what it took; extras/ do so too."""
     from utils import card, cudagraph
     from utils.calls import only_known_calls
     from utils.images import save_images
     from utils.pipeline_utils import generate, optimize, reused_steps
-    from utils.prepare import begin
     from utils.steps import lora
 
-    pipeline, load_s = begin(args)
     start = time.perf_counter()
     optimize(pipeline, args)
     optimized = time.perf_counter()

@@ -38,7 +38,9 @@ def commit() -> str:
 
 def command() -> str:
     """Give the command that was typed, quoted for a shell."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    module = sys.modules["__main__"].__spec__  # of `python -m`
+    program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def plan_as_dict(args) -> dict[str, dict]:
@@ -93,7 +95,7 @@ def gpu_state(args) -> dict:
 
 
 def call(args) -> dict:
-    """Collect what decides the picture, apart from the steps."""
+    """Collect what decides the picture, apart from the steps; `args.also`: what an extra adds."""
     return _only_given(args) | {
         "ckpt": args.ckpt,
         "random_weights": args.random_weights,
@@ -106,6 +108,7 @@ def call(args) -> dict:
         "max_sequence_length": args.max_sequence_length,
         "num_images_per_prompt": args.num_images_per_prompt,
         "dtype": str(args.dtype).removeprefix("torch."),
+        **getattr(args, "also", {}),
     }
 
 
@@ -136,6 +139,8 @@ def render(args) -> str:
     ]
     if args.acceleration_notes:
         lines.append(f"preset      {args.acceleration}: {', '.join(args.acceleration_notes)}")
+    if also := getattr(args, "also", {}):
+        lines.append("also        " + ", ".join(f"{key} {value}" for key, value in also.items()))
     mode = args.compile_export_mode
     lines.append(f"mode        {mode}" + (f" ({args.mode_reason})" if args.mode_reason else ""))
     if args.memory_why:  # not among the step's settings: two runs differ in it, not their pictures

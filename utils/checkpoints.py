@@ -21,11 +21,12 @@ HUB_KINDS = {
     "black-forest-labs/FLUX.1-schnell": "schnell",
     "black-forest-labs/FLUX.1-dev": "dev",
     "black-forest-labs/FLUX.1-Kontext-dev": "kontext",
+    "black-forest-labs/FLUX.1-Fill-dev": "fill",
 }
 MID = "mid-schnell"  # an architecture between the two, without weights: random_weights.py
 DEFAULT_CKPT = {"cuda": "black-forest-labs/FLUX.1-schnell", "cpu": "tiny-schnell"}
 DRAW, EDIT = "a lighthouse on a cliff at dawn, oil on canvas", "make it night, with the lamp lit"
-DEFAULT_PROMPT = {"schnell": DRAW, "dev": DRAW, "kontext": EDIT}
+DEFAULT_PROMPT = {"schnell": DRAW, "dev": DRAW, "kontext": EDIT, "fill": DRAW}
 TINY_DRAW, TINY_EDIT = "a red circle on a blue background", "make the background green"
 TINY_PROMPT = {"schnell": TINY_DRAW, "dev": TINY_DRAW, "kontext": TINY_EDIT}
 
@@ -38,14 +39,16 @@ class Kind:
     steps: int
     guidance: float | None  # None: the checkpoint has no guidance embedding
     max_sequence_length: int  # T5 tokens
-    takes_image: bool
+    takes_image: bool  # as --image of both scripts; Fill's are extras.inpaint's
 
 
 KINDS = {
     "schnell": Kind("FluxPipeline", 4, None, 256, False),
     "dev": Kind("FluxPipeline", 28, 3.5, 512, False),
     "kontext": Kind("FluxKontextPipeline", 28, 2.5, 512, True),
+    "fill": Kind("FluxFillPipeline", 50, 30.0, 512, False),
 }
+PIPELINES = {kind.pipeline: name for name, kind in KINDS.items()}  # Schnell's and Dev's is one
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,13 @@ def _from_folder(name: str, path: Path, source: str) -> Checkpoint:
             f"--ckpt {name}: no model in this folder (expected diffusers' model_index.json)"
         )
     pipeline = _read_json(index, "model_index.json").get("_class_name")
-    if pipeline not in {kind.pipeline for kind in KINDS.values()}:
-        raise UserError(
-            f"--ckpt {name}: found a {pipeline}, expected FluxPipeline or FluxKontextPipeline"
-        )
+    if pipeline not in PIPELINES:
+        expected = f"expected one of {', '.join(PIPELINES)}"
+        raise UserError(f"--ckpt {name}: found a {pipeline}, {expected}")
     transformer = _read_json(path / "transformer" / "config.json", "the transformer's config")
     vae = _read_json(path / "vae" / "config.json", "the VAE's config")
     guided = transformer.get("guidance_embeds", False)
-    kind = "kontext" if pipeline == "FluxKontextPipeline" else "dev" if guided else "schnell"
+    kind = ("dev" if guided else "schnell") if pipeline == "FluxPipeline" else PIPELINES[pipeline]
     return Checkpoint(name, source, kind, path, vae.get("sample_size", 1024))
 
 
@@ -110,13 +112,12 @@ def _from_hub(name: str) -> Checkpoint:
     """Ask the hub for the two small files that tell the kind; weights are loaded later."""
     index = _read_json(hub_file(name, "model_index.json"), "model_index.json")
     pipeline = index.get("_class_name")
-    if pipeline not in {kind.pipeline for kind in KINDS.values()}:
+    if pipeline not in PIPELINES:
         raise UserError(f"--ckpt {name}: found a {pipeline}, expected a FLUX.1 pipeline")
-    kind = HUB_KINDS.get(name)
-    if kind is None:
+    kind = HUB_KINDS.get(name) or PIPELINES[pipeline]
+    if name not in HUB_KINDS and pipeline == "FluxPipeline":
         config = _read_json(hub_file(name, "transformer/config.json"), "the transformer's config")
         kind = "dev" if config.get("guidance_embeds") else "schnell"
-        kind = "kontext" if pipeline == "FluxKontextPipeline" else kind
     return Checkpoint(name, "hub", kind, None, 1024)
 
 

@@ -69,6 +69,11 @@ def begin(args) -> tuple:
     Returns: the pipeline, untouched by any step, and the seconds that loading took.
     """
     prepare(args)
+    return announce_and_load(args)
+
+
+def announce_and_load(args) -> tuple:
+    """Print what a settled run is and load its pipeline: the second half of `begin`."""
     from utils import card
     from utils.benchmark_utils import set_rand_seeds
     from utils.pipeline_utils import load_pipeline
@@ -177,6 +182,11 @@ def _settle_mode(args) -> None:
 def _call_problems(args) -> list[str]:
     problems = []
     kind = args.checkpoint.defaults
+    if args.checkpoint.kind == "fill" and not getattr(args, "mask", None):
+        problems.append(
+            f"--ckpt {args.ckpt}: fills the masked part of a picture: "
+            "python -m extras.inpaint --image PICTURE --mask MASK"
+        )
     if args.guidance_scale is not None and kind.guidance is None:
         problems.append(
             f"--guidance_scale {args.guidance_scale:g}: {args.checkpoint.name} has no guidance "
@@ -203,17 +213,9 @@ def open_image(args):
     """
     if not args.image:
         return None
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(args.image) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")  # phones store rotated pictures
-    except UnidentifiedImageError:
-        size = Path(args.image).stat().st_size
-        raise UserError(f"--image {args.image}: not an image ({size} bytes found)") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for broken
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"--image {args.image}: cannot be read ({why})") from None
+    image = read_picture("--image", args.image)
     width, height = image.size
     if args.checkpoint.native_size >= 1024:  # trained at these sizes of about 1 Mpixel
         from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
@@ -224,6 +226,25 @@ def open_image(args):
         )
     size = tuple(max(16, edge // 16 * 16) for edge in (width, height))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def read_picture(flag: str, path: str):
+    """Read the picture that a flag names, as it is meant to be seen.
+
+    Returns: a PIL image (RGB)
+    Raises: UserError for what is no picture, or a broken one.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")  # phones store rotated pictures
+    except UnidentifiedImageError:
+        size = Path(path).stat().st_size
+        raise UserError(f"{flag} {path}: not an image ({size} bytes found)") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for broken
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} {path}: cannot be read ({why})") from None
 
 
 def _check_room(args) -> None:

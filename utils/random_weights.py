@@ -19,6 +19,7 @@ from pathlib import Path
 from utils import checkpoints
 
 TRANSFORMER = {"guidance_embeds": False}  # FluxTransformer2DModel's defaults are FLUX.1's sizes
+FILL = {"in_channels": 384, "out_channels": 64}  # latents 64, masked picture 64, mask 256
 VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -65,7 +66,7 @@ SCHEDULER = {
         "max_image_seq_len": 4096,
     },
 }
-SCHEDULER["kontext"] = SCHEDULER["dev"]
+SCHEDULER["kontext"] = SCHEDULER["fill"] = SCHEDULER["dev"]
 MID = {  # 283 million parameters in the transformer
     "transformer": {
         "num_attention_heads": 8,
@@ -92,8 +93,9 @@ def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
     """Give the config of each component: a folder's own, or the published architecture."""
     if checkpoint.path is None:
         guided = checkpoint.defaults.guidance is not None
+        inputs = FILL if checkpoint.kind == "fill" else {}
         published = {
-            "transformer": TRANSFORMER | {"guidance_embeds": guided},
+            "transformer": TRANSFORMER | {"guidance_embeds": guided} | inputs,
             "vae": VAE,
             "text_encoder": CLIP_L,
             "text_encoder_2": T5_XXL,

@@ -49,9 +49,13 @@ def refused(reason: str) -> Verdict:
 
 
 def components(pipeline) -> dict:
-    """Name what is compiled, exported and recorded; a process of a server holds one of the two."""
+    """Name what is compiled, exported and recorded; a process of a server holds one of the two.
+
+    `pipeline.further` holds what else a step calls, by name: extras/controlnet.py's nets.
+    """
     decoder = pipeline.vae and pipeline.vae.decoder
     both = {"transformer": pipeline.transformer, "decoder": decoder}
+    both |= getattr(pipeline, "further", {})
     return {name: module for name, module in both.items() if module is not None}
 
 

@@ -171,7 +171,7 @@ def _store(root: Path, identity: dict) -> None:
 
 
 def apply(pipeline, args) -> None:
-    """Compile both components and make the run's own call once: timed runs compile nothing."""
+    """Compile the components and make the run's own call once: timed runs compile nothing."""
     import torch
 
     from utils.artifacts import open_cache
@@ -186,8 +186,8 @@ def apply(pipeline, args) -> None:
         "dynamic": dynamic(args.machine),
         "options": compiler_options(args),
     }
-    for name, module in components(pipeline).items():
-        if name == "transformer" and args.compile_scope == "blocks":
+    for module in components(pipeline).values():
+        if args.compile_scope == "blocks" and getattr(module, "_repeated_blocks", None):
             module.compile_repeated_blocks(**how)
         else:
             module.forward = torch.compile(module.forward, **how)

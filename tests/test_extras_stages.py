@@ -1,0 +1,80 @@
+"""Stages: sizes, shares, plain diffusers' pictures, refusals."""
+
+import numpy as np
+import pytest
+from derived_pieces import OFF, PROMPT, by_diffusers, plain
+from PIL import Image
+
+from extras import stages
+from utils.errors import UserError
+
+LARGE = ("--height", "192", "--width", "160")
+
+
+def made(*flags: str) -> tuple:
+    from utils.pipeline_utils import load_pipeline
+    from utils.prepare import prepare
+
+    args = stages.parse([*OFF, *flags])
+    stages.check(args)
+    prepare(args)
+    run = stages.Stages(load_pipeline(args), args)
+    run.optimize()
+    return run.run()[0], run
+
+
+def test_the_stages_are_plain_calls_one_after_the_other():
+    import torch
+
+    image, run = made(*LARGE, "--details_strength", "0.75", "--polish_strength", "0.25")
+    assert list(run.seconds) == ["structure", "details", "polish"]
+    assert min(run.seconds.values()) > 0
+    call = {"num_inference_steps": 4, "max_sequence_length": 256, "guidance_scale": 0.0}
+    generator = [torch.Generator("cpu").manual_seed(0)]
+    image_of_diffusers = plain()(PROMPT, height=96, width=80, generator=generator, **call).images[0]
+    for strength in (0.75, 0.25):
+        large = image_of_diffusers.resize((160, 192), Image.Resampling.LANCZOS)
+        image_of_diffusers = by_diffusers(
+            "FluxImg2ImgPipeline", image=large, strength=strength, height=192, width=160
+        )[0]
+    assert image.size == (160, 192)
+    assert image.tobytes() == image_of_diffusers.tobytes()
+
+
+def test_no_polish_is_two_stages():
+    image, run = made("--polish_strength", "0")
+    assert list(run.seconds) == ["structure", "details"] and image.size == (128, 128)
+
+
+def test_shares_add_up():
+    text = stages.shares({"structure": 1.0, "details": 2.0, "polish": 1.0})
+    assert text == "structure 1.00 s (25%), details 2.00 s (50%), polish 1.00 s (25%)"
+
+
+def test_the_command_says_where_the_time_went(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.png"
+    monkeypatch.setattr("sys.argv", ["stages", *OFF, "--output-file", str(out)])
+    stages.main()
+    told = capsys.readouterr().out
+    assert "also        structure_scale 0.5, details_strength 0.25, polish_strength 0.1" in told
+    assert "stages      structure " in told
+    with Image.open(out) as image:
+        assert image.text["call"].count("structure ") == 1
+        assert np.asarray(image).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--structure_scale", "0"), "--structure_scale 0: expected above 0, at most 1"),
+        (("--details_strength", "2"), "--details_strength 2: expected above 0, at most 1"),
+        (("--polish_strength", "-1"), "--polish_strength -1: expected 0 to 1"),
+        (("--num_images_per_prompt", "2"), "stages make one picture a call"),
+        (("--ckpt", "tiny-kontext"), "found a kontext checkpoint"),
+        (("--modulation_once",), "--modulation_once: not for stages"),
+    ],
+)
+def test_refusals(flags, expected):
+    with pytest.raises(UserError) as error:
+        stages.check(stages.parse(list(flags)))
+    assert expected in str(error.value)
