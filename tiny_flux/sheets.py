@@ -17,7 +17,7 @@ def write_sheet(
 ) -> None:
     """Paste rows of equally large pictures; with names or texts they are written around, on white.
 
-    A labelled sheet has a palette of 256 colours.
+    A sheet has a palette of 256 colours, which keeps it small.
     """
     side = rows[0][0].width
     columns = max(map(len, rows))
@@ -42,6 +42,4 @@ def write_sheet(
         write.text((GAP_PX, corner(r, 0)[1] + side // 2 - LINE_PX), name, fill=BLACK)
     for c, lines in enumerate(wrapped):
         write.text((corner(0, c)[0], GAP_PX // 2), "\n".join(lines), fill=BLACK)
-    if labelled:
-        sheet = sheet.quantize(256, dither=Image.Dither.NONE)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
