@@ -63,11 +63,23 @@ def time_two_shapes(num_warmup: int) -> None:
 def test_out_of_memory(apart, explained):
     call = ("gen_image.py", "--device", "cpu", "--num_inference_steps", "1")
     large = (*call, "--height", "1024", "--width", "1024")
-    done = apart(*large, room_mib=500)
-    assert done.code == 1
-    smaller = explained(done)["out of memory"][0]
-    done = apart(*cured(smaller, large[1:], HALF="128"), room_mib=500)
+    done = apart(*large, room_mib=600)
+    assert done.code == 2
+    found = explained(done)
+    done = apart(*cured(found["out of memory"][0], large[1:], HALF="128"), room_mib=600)
     assert done.code == 0, done.output[-2000:]
+    (smaller_tier,) = found["a smaller memory tier"]
+    python, *argv = shlex.split(smaller_tier)
+    assert (python, *argv[: len(large)]) == ("python", *large)
+    assert argv[-2:] == ["--memory", "tiled"]
+    assert apart(*argv, room_mib=600).code == 0  # the decoder's tiles fit
+
+
+def test_no_memory_tier_is_small_enough(apart, explained):
+    call = ("gen_image.py", "--device", "cpu", "--num_inference_steps", "1")
+    tight = (*call, "--memory", "0.1GiB")
+    _, anyway = explained(apart(*tight))["no memory tier is small enough"]
+    assert apart(*cured(anyway, tight[1:])).code == 0
 
 
 @pytest.mark.gpu

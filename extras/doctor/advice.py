@@ -38,6 +38,20 @@ class Explanation:
 
 ADVICE = (
     Advice(
+        "a smaller memory tier",
+        r"out of memory in tier \S+ .*; next: (?P<next>python .+)$",
+        "the weights and the activations of this call do not fit; the next tier keeps less of them "
+        "on the device",
+        ("{next}",),
+    ),
+    Advice(
+        "no memory tier is small enough",
+        r"--memory \S+: the least that this call needs is [\d.]+ GiB \(tier (?P<tier>\w+)\)",
+        "even with the weights on the host the estimate is above what is free; part of it is a "
+        "reserve, so trying the smallest tier may succeed",
+        (f"{RUN} --height HALF --width HALF", f"{RUN} --memory {{tier}}"),
+    ),
+    Advice(
         "out of memory",
         r"(?:CUDA|HIP) out of memory|OutOfMemoryError|can't allocate memory|not enough memory: you "
         r"tried|std::bad_alloc|\bMemoryError\b|Cannot allocate memory|\bKilled\b",
