@@ -184,4 +184,4 @@ def test_a_wrong_picture_fails_the_self_test(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "BUNDLED_DIR", tmp_path)
     found = self_test.run(["--device", "cpu"])
     assert [one.state for one in found[:2]] == ["problem", "problem"]
-    assert "wrong colour, background" in found[0].text
+    assert "0 of 4" in found[0].text and "colour, background" in found[0].text
