@@ -46,6 +46,7 @@ def check(machine, **flags):
         "disable_fa3": False,
         "disable_quant": False,
         "gguf_file": None,
+        "swap_loras": False,
         "quant_granularity": "row",
         "quant_filter": "blocks",
         "dtype": torch.bfloat16,
