@@ -18,6 +18,7 @@ def test_shell_shares_every_tensor_and_leaves_the_module_alone():
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.slow
 def test_float8_rows_with_guidance_in_bf16(monkeypatch, tmp_path):
     from torchao.quantization import PerRow
 

@@ -225,6 +225,10 @@ OUTSIDE = {  # what the sources behind a package import without its changing the
     "pipeline_utils": "makes the call, which is recorded in the manifest",
     "hardware": "describes the machine, which is in the manifest",
     "checkpoints": "finds weights, whose digests are in the manifest",
+    "acceleration": "fills in flags, whose effects are in the manifest",
+    "schedulers": "makes the scheduler, which is in no package",
+    "guidance": "decides how often a package is called",
+    "loras": "reads files whose digests are in the manifest",
     "gguf_file": "reads the header of a file whose digest is in the manifest",
     "random_weights": "gives the config, whose shapes are in the manifest",
 }

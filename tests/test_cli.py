@@ -72,7 +72,6 @@ def test_defaults_on_a_cpu():
         "fused_projections",
         "fa3",
         "channels_last",
-        "memory",
     ]
     assert args.plan["quant"].state == "unavailable"
     assert list(args.plan) == [step.NAME for step in STEPS]
@@ -107,7 +106,6 @@ def test_defaults_on_a_hopper_gpu(as_machine, monkeypatch):
         "fa3",
         "channels_last",
         "quant",
-        "memory",
         "inductor_tuning_flags",
         "export_aoti",
     ]

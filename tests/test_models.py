@@ -165,12 +165,15 @@ def test_calls_may_change(model, mode, flags_of, reference, tmp_path):
     check_changing_calls(model, mode, flags_of(model), reference, tmp_path)
 
 
-@pytest.mark.parametrize("model", ["tiny-dev", "tiny-kontext"])
+@pytest.mark.parametrize(
+    "model", ["tiny-dev", pytest.param("tiny-kontext", marks=pytest.mark.slow)]
+)
 def test_calls_may_change_with_compiled_blocks(model, flags_of, reference, tmp_path):
     flags = (*flags_of(model), "--compile_scope", "blocks")
     check_changing_calls(model, "compile", flags, reference, tmp_path)
 
 
+@pytest.mark.slow
 def test_dev_as_a_package_with_all_steps(flags_of, reference, float8_on_cpu, tmp_path):
     """Guidance is an input of the package: another value is another picture, not another build."""
     flags = flags_of("tiny-dev")

@@ -283,7 +283,7 @@ def test_the_repository_carries_the_commands_flags(tmp_path):
     assert "--batch-sizes 2,4: expected numbers, 1 among them" in serve.problems_of(args)
 
 
-@pytest.mark.parametrize("mode", ["compile", "export_aoti"])
+@pytest.mark.parametrize("mode", ["compile", pytest.param("export_aoti", marks=pytest.mark.slow)])
 def test_one_component_is_compiled_by_itself(tmp_path, mode):
     """As each process of the server does it; the values stay those of the eager component."""
     from triton_models.components import Decoder

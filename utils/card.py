@@ -143,8 +143,9 @@ def render(args) -> str:
         lines.append("also        " + ", ".join(f"{key} {value}" for key, value in also.items()))
     mode = args.compile_export_mode
     lines.append(f"mode        {mode}" + (f" ({args.mode_reason})" if args.mode_reason else ""))
-    if args.memory_why:  # not among the step's settings: two runs differ in it, not their pictures
-        lines.append(f"memory      tier {args.tier}, chosen for {args.memory_why}")
+    # What is free is no setting of the step: two runs differ in it, not their pictures
+    chosen = f", chosen for {args.memory_why}" if args.memory_why else ""
+    lines.append(f"memory      tier {args.tier}{chosen}; estimate {args.memory_estimate}")
     if args.random_weights:
         lines.append("note        random weights: the picture means nothing")
     for name, verdict in args.plan.items():

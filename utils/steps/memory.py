@@ -95,8 +95,8 @@ def check(args) -> Verdict:
     """Say what the step will do in this run, or what does not go together with its tier."""
     if args.memory_problem:
         return refused(args.memory_problem)
-    if args.tier == "full" and args.memory == "full":
-        return off("--memory full")
+    if args.tier == "full" and args.load_device == args.device:
+        return off("everything stays on the device")
     if problem := _conflict(args):
         why = f" (chosen: {args.memory_why})" if args.memory_why else ""
         return refused(f"--memory {args.tier}{why}: {problem}")
