@@ -44,6 +44,7 @@ def load(args) -> tuple:
     preprocess.check({control.kind for control in wanted}, args.depth_model)
     read = controls.pictures(wanted)
     name, beginning = _begin_with(args, read)
+    derived.refuse_foreign(args, name)
     prepare(args)
     controls.check_nets(wanted, configs_of(args.checkpoint)["transformer"], args.ckpt)
     args.also = getattr(args, "also", {}) | {

@@ -9,6 +9,7 @@ from utils import checkpoints
 from utils.errors import UserError
 from utils.prepare import read_picture
 from utils.quiet import quiet_libraries
+from utils.schedulers import SOLVERS
 
 MOST_PIXELS = 2**20  # FLUX.1's own area: a larger picture without --height and --width is shrunk
 OWN_LOOPS = {  # flag -> why it needs FluxPipeline's own loop
@@ -39,6 +40,28 @@ def refuse_own_loops(args, what: str) -> None:
     ]
     if lines:
         raise UserError("\n".join(lines))
+
+
+def refuse_foreign(args, name: str) -> None:
+    """Refuse what FluxPipeline takes and another pipeline of diffusers does not.
+
+    Raises: UserError naming the pipeline.
+    """
+    import inspect
+
+    import diffusers
+
+    if SOLVERS[args.scheduler or "euler"].config:  # diffusion solvers, told to follow a flow
+        raise UserError(
+            f"--scheduler {args.scheduler}: diffusers' {name} hands the solver noise levels, and "
+            "asks it to add noise, which this one cannot; use euler or heun"
+        )
+    taken = inspect.signature(getattr(diffusers, name).__call__).parameters
+    if args.true_cfg_scale is not None and "negative_prompt" not in taken:
+        raise UserError(
+            f"--true_cfg_scale {args.true_cfg_scale:g}: diffusers' {name} takes no negative "
+            "prompt; leave out --true_cfg_scale and --negative_prompt"
+        )
 
 
 def refuse_kinds(args, kinds: tuple[str, ...]) -> str:

@@ -26,6 +26,7 @@ def load(args) -> tuple:
 
     derived.check_strength(args.strength)
     derived.refuse_own_loops(args, "image-to-image")
+    derived.refuse_foreign(args, "FluxImg2ImgPipeline")
     derived.refuse_kinds(args, ("schnell", "dev"))
     image = derived.read_image(args)
     prepare(args)

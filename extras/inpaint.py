@@ -59,6 +59,7 @@ def load(args) -> tuple:
     derived.check_strength(args.strength)
     derived.refuse_own_loops(args, "inpainting")
     kind = derived.refuse_kinds(args, tuple(PIPELINES))
+    derived.refuse_foreign(args, PIPELINES[kind])
     image = derived.read_image(args)
     mask = read_mask(args.mask, image.size)
     prepare(args)

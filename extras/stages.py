@@ -38,6 +38,7 @@ def check(args) -> None:
     Raises: UserError with one line per problem.
     """
     derived.refuse_own_loops(args, "stages")
+    derived.refuse_foreign(args, "FluxImg2ImgPipeline")
     derived.refuse_kinds(args, ("schnell", "dev"))
     problems = []
     if not 0 < args.structure_scale <= 1:

@@ -12,6 +12,7 @@ from PIL import Image
 from extras import controlnet, controls, preprocess
 from utils.errors import UserError
 
+CFG = ("--true_cfg_scale", "2", "--negative_prompt", "a blue ring")
 NET = ("--controlnet", controls.EDGES)
 
 
@@ -197,6 +198,14 @@ def test_the_bundled_net_as_a_folder_is_the_same(scene, tmp_path):
             "the ControlNet would stay eager",
         ),
         ((*NET, "--control_image", "EDGES", "--modulation_once"), "not for ControlNets"),
+        (
+            (*NET, "--control_image", "EDGES", "--scheduler", "unipc"),
+            "--scheduler unipc: diffusers' FluxControlNetPipeline hands",
+        ),
+        (
+            (*NET, "--control_image", "EDGES", "--image", "EDGES", *CFG),
+            "FluxControlNetImg2ImgPipeline takes no negative prompt",
+        ),
         (
             (*NET, "--control_image", "EDGES", "--ckpt", "tiny-dev"),
             "pooled_projection_dim found 64, expected 32 of tiny-dev",

@@ -193,6 +193,7 @@ def test_the_scripts_send_fill_to_its_command(fill, tmp_path):
         (img2img, ("--strength", "1.5"), "--strength 1.5: expected more than 0 and at most 1"),
         (img2img, ("--ckpt", "tiny-kontext"), "expected schnell or dev; this one goes with"),
         (img2img, ("--modulation_once",), "--modulation_once: not for image-to-image"),
+        (img2img, ("--scheduler", "dpm"), "use euler or heun"),
         (img2img, ("--ckpt", "tiny-dev", "--step_mask", "fast"), "--step_mask: not for"),
         (
             img2img,
