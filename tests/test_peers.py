@@ -108,6 +108,7 @@ def test_calls_that_a_peer_cannot_make_are_refused(
         settled(peer, *FULL_SIZE, *flags, **others)
 
 
+@pytest.mark.slow
 def test_peers_and_ours_stand_in_one_table(monkeypatch, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     names = "ours,peer:diffusers-eager,peer:diffusers-fa3"
