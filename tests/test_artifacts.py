@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from aoti_pieces import make_args, transformer_call
 
+import tiny_flux
 from utils import aoti, artifacts
 from utils.artifacts import run
 from utils.artifacts.store import checksum
@@ -168,6 +169,22 @@ def test_digests_are_read_once_and_again_after_any_change(tmp_path, monkeypatch)
     kept.chmod(0o666)
     artifacts.checkpoint_digest(folder, root)
     assert len(read) == 4
+
+
+def test_files_of_a_linked_folder_belong_to_a_checkpoint(tmp_path):
+    """Checkpoints share a VAE so, the bundled ones too."""
+    root, folder, shared = store(tmp_path), tmp_path / "model", tmp_path / "shared"
+    folder.mkdir()
+    shared.mkdir()
+    (shared / "weights.safetensors").write_bytes(b"weights")
+    (folder / "vae").symlink_to(shared)
+    (folder / "itself").symlink_to(folder)  # an endless path ends
+    first = artifacts.checkpoint_digest(folder, root)
+    (shared / "weights.safetensors").write_bytes(b"others!")
+    assert artifacts.checkpoint_digest(folder, root) != first
+    bundled = Path(tiny_flux.__file__).parent / "tiny-dev"
+    names = [str(f.relative_to(bundled)) for f in artifacts.files_below(bundled, "*.safetensors")]
+    assert "vae/diffusion_pytorch_model.safetensors" in names and len(names) == 4
 
 
 def leaves(value: dict, path: tuple = ()):

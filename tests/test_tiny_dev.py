@@ -10,6 +10,7 @@ import pytest
 from tiny_flux import evaluate, evaluate_dev
 from tiny_flux.edits import BEGUN, MAX_DRIFT, MAX_SHIFT_PX, TAUGHT
 from tiny_flux.scenes import COLOURS, SHAPES
+from utils.artifacts import files_below
 
 FOLDER = Path(__file__).parent.parent / "tiny_flux"
 CKPT = FOLDER / "tiny-dev"
@@ -37,9 +38,9 @@ def kontext():
 def test_layout_and_size(flux, kontext):
     import safetensors
 
-    assert sum(f.stat().st_size for f in CKPT.rglob("*") if f.is_file()) <= 11_000_000
+    assert sum(f.stat().st_size for f in files_below(CKPT, "*") if f.is_file()) <= 11_000_000
     assert not any("_name_or_path" in f.read_text() for f in CKPT.glob("*/config.json"))
-    for file in CKPT.rglob("*.safetensors"):
+    for file in files_below(CKPT, "*.safetensors"):
         with safetensors.safe_open(file, "pt") as weights:
             names = weights.keys()
             assert {weights.get_slice(name).get_dtype() for name in names} == {"BF16"}, file

@@ -13,6 +13,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.artifacts import files_below
 from utils.checkpoints import Checkpoint
 from utils.hardware import Machine
 
@@ -159,7 +160,7 @@ def weights(checkpoint: Checkpoint) -> list[Finding]:
     if checkpoint.source != "hub":
         again = f"git checkout -- {folder}" if checkpoint.source == "bundled" else ""
     found, tensors = [], 0
-    files = sorted(folder.rglob("*.safetensors"))
+    files = files_below(folder, "*.safetensors")
     for file in files:
         name = file.relative_to(folder)
         try:

@@ -10,7 +10,7 @@ digests.py      digests of a checkpoint's files, read once
 __main__.py     python -m utils.artifacts list | verify | prune
 """
 
-from utils.artifacts.digests import checkpoint_digest, file_digest
+from utils.artifacts.digests import checkpoint_digest, file_digest, files_below
 from utils.artifacts.identity import code_digest, differences, environment, name_of
 from utils.artifacts.private import cache_problem, open_cache, write_atomically
 from utils.artifacts.remote import flag_problem
@@ -27,6 +27,7 @@ __all__ = [
     "differences",
     "environment",
     "file_digest",
+    "files_below",
     "find",
     "flag_problem",
     "identity_of_run",

@@ -5,6 +5,7 @@ change time cannot be set back, so an edit that restores the old modification ti
 A file that was touched within the clock's grain of being read is not kept.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -25,8 +26,14 @@ def checkpoint_digest(folder: Path, root: Path) -> str:
     Returns: hex digits
     """
     folder = folder.resolve()
-    files = [file for pattern in WEIGHTS for file in sorted(folder.rglob(pattern))]
+    files = [file for pattern in WEIGHTS for file in files_below(folder, pattern)]
     return _digest(files, folder, folder, root)
+
+
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """List a checkpoint's files, those of linked folders too: checkpoints share T5 or a VAE so."""
+    found = glob.glob(f"**/{pattern}", root_dir=folder, recursive=True, include_hidden=True)
+    return sorted(folder / name for name in found)
 
 
 def file_digest(file: Path, root: Path) -> str:
