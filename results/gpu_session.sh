@@ -52,6 +52,15 @@ startup() {
     --results "$OUT/startup.jsonl" 2>&1 | tee -a "$OUT/log.txt"
 }
 
+# gpu_tests SECONDS ARGUMENTS...: interrupted at the limit, pytest still tells what has failed
+gpu_tests() {
+  local limit=$1 start=$SECONDS
+  shift
+  timeout -s INT -k 20 "$limit" python3 -m pytest -m gpu -p no:cacheprovider -vv --tb=short \
+    --durations=10 "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE "(PASSED|SKIPPED) +\[" | tail -n 60
+  echo "--- $((SECONDS - start)) s"
+}
+
 # Full size, random weights: speed, memory, the latents' error against eager; pictures by part tiny
 FAST="--random_weights --quality_source none --quality_prompts 2"
 EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --compile_export_mode disabled"
@@ -65,8 +74,10 @@ CACHE="--cache_dit_config cache_config.yaml"
 
 for part in "$@"; do
   case $part in
-    correct) # every GPU path against its plain twin
-      timeout 420 python3 -m pytest -m gpu -p no:cacheprovider tests 2>&1 | tee "$OUT/pytest.txt" | tail -n 30 ;;
+    correct) # every kernel, graph and memory tier against its plain twin: few compilations
+      gpu_tests 280 --ignore=tests/test_stack_gpu.py ;;
+    correct-stack) # whole runs in every mode: each compiles the bundled checkpoint with autotuning
+      gpu_tests 585 tests/test_stack_gpu.py ;;
     tiny) # what the steps do to pictures: the trained checkpoints, on this GPU
       series 280 --ladder --ckpt tiny-schnell --compile_scope blocks --num_runs 20
       series 280 --ladder --ckpt tiny-dev --compile_scope blocks --rows eager,fa3,quant,compile ;;
