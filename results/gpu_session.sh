@@ -119,6 +119,12 @@ for part in "$@"; do
       row 180 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
       row 180 lossless-blocks $KONTEXT --disable_quant $BLOCKS --num_runs 3 --num_warmup 1
       row 180 fp8-blocks $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1 ;;
+    image-encoder) # the encoder of Kontext's image compiled and graphed too: that stage's time
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1
+        row 145 "fp8-blocks-image-encoder $turn" $KONTEXT $BLOCKS --num_runs 3 --num_warmup 1 \
+          --compile_image_encoder
+      done ;;
     peers) # diffusers' own recipes on the same call, taking turns with ours
       series 585 --peers $SCHNELL $FAST $BLOCKS --rounds 2 --num_runs 5 \
         --rows ours,peer:diffusers-eager,peer:diffusers-compile,peer:diffusers-fa3 ;;

@@ -27,6 +27,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "ckpt",
     "compile_export_mode",
     "compile_scope",
+    "compile_image_encoder",
     "compile_text_encoders",
     "device",
     "disable_bf16",

@@ -24,6 +24,7 @@ WHOLE_CALL = (  # flags of steps that change a pipeline's call, or more than one
     "cache_dit_config",
     "step_mask",
     "modulation_once",
+    "compile_image_encoder",
     "compile_text_encoders",
     "drop_text_padding",
     "true_cfg_scale",

@@ -16,6 +16,7 @@ from utils.steps import (
     fused_projections,
     gguf,
     group_norm,
+    image_encoder,
     inductor_tuning_flags,
     lora,
     memory,
@@ -43,6 +44,7 @@ STEPS = (
     memory,  # moves the final weights to where they stay, or puts hooks on them
     inductor_tuning_flags,  # read when the compiler runs
     text_encoders,  # warmed up by the calls of the two below
+    image_encoder,  # one component more for the two below
     compile,  # freezes everything above ...
     export_aoti,  # ... or this does: one of the two, or neither
     step_mask,  # decides only whether that forward is called

@@ -23,6 +23,7 @@ ASK = {  # step that is off by default -> the arguments that turn it on
     "persistent_tma": {"persistent_tma": True} | COMPILED,
     "inductor_tuning_flags": COMPILED,
     "text_encoders": {"compile_text_encoders": True} | COMPILED,
+    "image_encoder": {"compile_image_encoder": True} | COMPILED,
     "compile": COMPILED,
     "export_aoti": {"compile_export_mode": "export_aoti"},
     "step_mask": {"step_mask": "medium"},

@@ -51,7 +51,7 @@ def refused(reason: str) -> Verdict:
 def components(pipeline) -> dict:
     """Name what is compiled, exported and recorded; a process of a server holds one of the two.
 
-    `pipeline.further` holds what else a step calls, by name: extras/controlnet.py's nets.
+    `pipeline.further` holds what else is called, by name: extras/controlnet.py's nets.
     """
     decoder = pipeline.vae and pipeline.vae.decoder
     both = {"transformer": pipeline.transformer, "decoder": decoder}

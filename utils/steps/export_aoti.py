@@ -1,15 +1,15 @@
 """torch.export + AOTInductor: pay minutes of compilation once, start in seconds afterwards.
 
 Last, instead of `compile`: the package freezes everything above. Transformer and VAE decoder each
-become one package of code without weights (and with --compile_text_encoders the blocks of T5 and
-CLIP three); with --compile_scope blocks one double and one single
-block do instead of the transformer, and serve all others with their own weights: quicker to build,
-with the glue between the blocks eager (inside the CUDA graph on a GPU). A package is made for
-exactly the call of this run (batch, size, text length, guidance or none), which is recorded rather
-than assumed; a later call of another kind gets a package of its own. Static shapes cost a build for
-each, and nothing at run time. On CUDA the forward is then put into a graph (utils/cudagraph.py). A
-package is used only if its whole manifest belongs to this run (utils/artifacts/); everything that
-AOTI itself does not check, utils/aoti.py does.
+become one package of code without weights (with --compile_text_encoders the blocks of T5 and CLIP
+three, with --compile_image_encoder the VAE's encoder one); with --compile_scope blocks one double
+and one single block do instead of the transformer, and serve all others with their own weights:
+quicker to build, with the glue between the blocks eager (inside the CUDA graph on a GPU). A package
+is made for exactly the call of this run (batch, size, text length, guidance or none), which is
+recorded rather than assumed; a later call of another kind gets a package of its own. Static shapes
+cost a build for each, and nothing at run time. On CUDA the forward is then put into a graph
+(utils/cudagraph.py). A package is used only if its whole manifest belongs to this run
+(utils/artifacts/); everything that AOTI itself does not check, utils/aoti.py does.
 """
 
 import time
@@ -21,6 +21,7 @@ from utils.steps import (
     compile,
     components,
     gguf,
+    image_encoder,
     off,
     on,
     quant,
@@ -36,7 +37,8 @@ COMPONENTS = {  # --compile_scope -> what becomes one package each
     "full": ("transformer", "decoder"),
     "blocks": ("double_block", "single_block", "decoder"),
 }
-ALONE = (*COMPONENTS["full"], "t5_first_block")  # packages that serve one module only
+GRAPHED = (*COMPONENTS["full"], image_encoder.NAME)  # each in a CUDA graph of its own
+ALONE = (*GRAPHED, "t5_first_block")  # packages that serve one module only
 ENCODERS = ("clip_block", "t5_first_block", "t5_block")  # with --compile_text_encoders
 
 
@@ -143,7 +145,7 @@ def apply(pipeline, args) -> None:
                     "blocks would share; use --compile_scope full"
                 )
             run = aoti.attach(component, package.files, package.constants)
-            if on_gpu and component.name in COMPONENTS["full"]:  # no graph inside of a graph
+            if on_gpu and component.name in GRAPHED:  # no graph inside of a graph
                 run = CUDAGraphWrapper(run, component.name, pool)
             return run
 
@@ -165,7 +167,9 @@ def apply(pipeline, args) -> None:
 
 def _names(args) -> tuple[str, ...]:
     """Name the packages of a run."""
-    return COMPONENTS[args.compile_scope] + (ENCODERS if args.compile_text_encoders else ())
+    image = (image_encoder.NAME,) if args.compile_image_encoder else ()
+    text = ENCODERS if args.compile_text_encoders else ()
+    return COMPONENTS[args.compile_scope] + image + text
 
 
 def _groups(pipeline, wanted: tuple[str, ...]) -> list[list]:
