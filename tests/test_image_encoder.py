@@ -69,6 +69,6 @@ def test_compiled_and_as_a_package(mode, device, tmp_path):
     flags = ("--compile_image_encoder", "--compile_export_mode", mode, "--compile_scope", "blocks")
     args = make_args(*run, *flags, "--cache-dir", str(tmp_path / "cache"))
     pipeline = optimize(load_pipeline(args), args)
-    assert psnr_db(generate(pipeline, args)[0], expected) > 45
+    assert psnr_db(generate(pipeline, args)[0], expected) > 40
     stored = {path.name.split("-")[0] for path in (tmp_path / "cache").glob("*.pt2")}
     assert ("image_encoder" in stored) == (mode == "export_aoti")
