@@ -52,6 +52,12 @@ startup() {
     --results "$OUT/startup.jsonl" 2>&1 | tee -a "$OUT/log.txt"
 }
 
+# kernels SECONDS CASES: kernels one by one; a process a call, so that a lost device loses no more
+kernels() {
+  timeout -k 5 "$1" python3 -m utils.kernel_bench --limit_s "$(($1 - 25))" --cases "$2" \
+    --results "$OUT/kernels.jsonl" 2>&1 | tee -a "$OUT/kernels.txt" | grep -v "^| " | cut -c1-200
+}
+
 # Full size, random weights: speed, memory, the latents' error against eager; pictures by part tiny
 FAST="--random_weights --quality_source none --quality_prompts 2"
 EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --compile_export_mode disabled"
@@ -67,6 +73,13 @@ for part in "$@"; do
   case $part in
     correct) # every GPU path against its plain twin
       timeout 420 python3 -m pytest -m gpu -p no:cacheprovider tests 2>&1 | tee "$OUT/pytest.txt" | tail -n 30 ;;
+    kernels) # each kernel at FLUX.1's shapes, checked; what compiles comes last and may be cut off
+      kernels 200 'product/*/[brto]*[a-z],product/*/bf16'
+      kernels 120 'attention/*,between/*/kernel,decoder/attention*/*,transfer/*'
+      kernels 200 'between/*,decoder/group*,decoder/whole/[ecg]*,text/*' ;;
+    kernels-compiled) # the compiler's own products; and the whole decoder, which takes minutes
+      kernels 300 'product/*inductor*'
+      kernels 280 'decoder/whole/*' ;;
     tiny) # what the steps do to pictures: the trained checkpoints, on this GPU
       series 280 --ladder --ckpt tiny-schnell --compile_scope blocks --num_runs 20
       series 280 --ladder --ckpt tiny-dev --compile_scope blocks --rows eager,fa3,quant,compile ;;
