@@ -50,6 +50,8 @@ def test_full_size_has_the_shapes_of_the_three_checkpoints():
     assert all(case.name.count("/") == 2 for case in bench.all_cases(HOPPER))
     compiles = [case.compiles for case in bench.all_cases(HOPPER)]
     assert compiles == sorted(compiles) and 20 < sum(compiles) < 40
+    quick = bench.choose(bench.all_cases(HOPPER), "*", skip_compiled=True)
+    assert [case.compiles for case in quick] == [False] * compiles.count(False)
 
 
 def test_every_full_size_case_has_a_group_of_the_table():

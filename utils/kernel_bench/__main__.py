@@ -26,6 +26,7 @@ def parser() -> Parser:
     add = found.add_argument
     add("--cases", default="*", metavar="A,B", help="names or patterns, comma-separated")
     add("--list", action="store_true", help="name the cases and measure none")
+    add("--skip_compiled", action="store_true", help="leave out what takes a compiler's minutes")
     add("--size", choices=("full", "tiny"), help="FLUX.1's shapes (CUDA) or toy ones (CPU)")
     add("--device", help="cuda, cuda:N or cpu (cuda where there is one)")
     add("--limit_s", type=float, default=285.0, help="begin no case after so many seconds")
@@ -42,7 +43,7 @@ def all_cases(setting) -> list:
     return sorted(found, key=lambda case: case.compiles)
 
 
-def choose(listed: list, wanted: str) -> list:
+def choose(listed: list, wanted: str, skip_compiled: bool = False) -> list:
     """Pick cases by name or pattern.
 
     Raises: UserError for a pattern that fits none.
@@ -57,7 +58,8 @@ def choose(listed: list, wanted: str) -> list:
     return [
         case
         for case in listed
-        if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
+        if not (skip_compiled and case.compiles)
+        and any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
     ]
 
 
@@ -197,7 +199,7 @@ def main() -> None:
     args = parser().parse_args()
     quiet_libraries()
     setting = settle(args)
-    chosen = choose(all_cases(setting), args.cases)
+    chosen = choose(all_cases(setting), args.cases, args.skip_compiled)
     if args.list:
         print("\n".join(case.name for case in chosen))
         return
