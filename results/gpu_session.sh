@@ -10,6 +10,7 @@ for part in "$@"; do
   grep -q "^    $part)" results/gpu_session.sh || { echo "unknown part: $part" >&2; exit 2; }
 done
 OUT=${OUT:-out}
+MORE=$(mktemp -d)  # traces, curves and pictures: few files come back, so they travel as one
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if compgen -G ".whl/*.whl" >/dev/null; then
@@ -26,13 +27,13 @@ row() {
   shift 2
   echo "=== $name: run_benchmark.py $*"
   if timeout -k 5 "$limit" python3 run_benchmark.py $FAST --results "$OUT/rows.jsonl" "$@" \
-    >"$OUT/last.txt" 2>&1; then
-    grep -E "^(load|total|memory|quality|  [a-z_]+ +[0-9])" "$OUT/last.txt"
+    >"$MORE/last.txt" 2>&1; then
+    grep -E "^(load|total|memory|quality|  [a-z_]+ +[0-9])" "$MORE/last.txt"
   else
     echo "FAILED ($?)"
-    tail -n 15 "$OUT/last.txt"
+    tail -n 15 "$MORE/last.txt"
   fi
-  cat "$OUT/last.txt" >>"$OUT/log.txt"
+  cat "$MORE/last.txt" >>"$OUT/log.txt"
   echo "--- $((SECONDS - start)) s"
 }
 
@@ -52,13 +53,20 @@ startup() {
     --results "$OUT/startup.jsonl" 2>&1 | tee -a "$OUT/log.txt"
 }
 
-# gpu_tests SECONDS ARGUMENTS...: interrupted at the limit, pytest still tells what has failed
-gpu_tests() {
-  local limit=$1 start=$SECONDS
+# correct SECONDS TESTS...: interrupted when the time is up, so that what failed is still told
+correct() {
+  local limit=$1
   shift
-  timeout -s INT -k 20 "$limit" python3 -m pytest -m gpu -p no:cacheprovider -vv --tb=short \
-    --durations=10 "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE "(PASSED|SKIPPED) +\[" | tail -n 60
-  echo "--- $((SECONDS - start)) s"
+  timeout -s INT -k 20 "$limit" python3 -m pytest -m gpu -v --tb=short --durations=10 \
+    -p no:cacheprovider "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE " (PASSED|SKIPPED)" | tail -n 60
+}
+
+# kernels SECONDS CASES FLAGS...: one by one; a process a call, so that a lost device loses no more
+kernels() {
+  local limit=$1 cases=$2
+  shift 2
+  timeout -k 5 "$limit" python3 -m utils.kernel_bench --limit_s "$((limit - 25))" --cases "$cases" \
+    --results "$OUT/kernels.jsonl" "$@" 2>&1 | tee -a "$OUT/log.txt" | grep -v "^| " | cut -c1-200
 }
 
 # Full size, random weights: speed, memory, the latents' error against eager; pictures by part tiny
@@ -74,10 +82,19 @@ CACHE="--cache_dit_config cache_config.yaml"
 
 for part in "$@"; do
   case $part in
-    correct) # every kernel, graph and memory tier against its plain twin: few compilations
-      gpu_tests 280 --ignore=tests/test_stack_gpu.py ;;
-    correct-stack) # whole runs in every mode: each compiles the bundled checkpoint with autotuning
-      gpu_tests 585 tests/test_stack_gpu.py ;;
+    correct) # every GPU path against its plain twin
+      correct 585 tests ;;
+    correct-kernels) # ours and the packages', without the stack around them
+      correct 180 tests/test_{attention_gpu,fused_kernels_gpu,quant,cudagraph,denoise}.py ;;
+    correct-stack) # every mode against eager; compiles for most of its time
+      correct 400 tests/test_{stack_gpu,export_aoti,extras_controlnet,memory_gpu}.py ;;
+    kernels) # each at FLUX.1's shapes, checked: what torch and the packages bring, and ours
+      kernels 170 'product/*' --skip_compiled
+      kernels 100 'attention/*,between/*,decoder/*,text/*,transfer/*' --skip_compiled ;;
+    kernels-compiled) # the same places by the compiler, the cheapest first
+      kernels 200 'between/*/inductor,decoder/group-norm*/inductor*'
+      kernels 200 'product/*inductor*'
+      kernels 180 'text/*/inductor*,decoder/whole/inductor*' ;;
     tiny) # what the steps do to pictures: the trained checkpoints, on this GPU
       series 280 --ladder --ckpt tiny-schnell --compile_scope blocks --num_runs 20
       series 280 --ladder --ckpt tiny-dev --compile_scope blocks --rows eager,fa3,quant,compile ;;
@@ -86,7 +103,7 @@ for part in "$@"; do
         --rows eager,fused_projections,fa3,channels_last,quant,compile,inductor_tuning_flags ;;
     schnell-trace) # what stands between the default and its floor
       row 150 lossless-blocks $SCHNELL --disable_quant $BLOCKS
-      row 150 fp8-blocks $SCHNELL $BLOCKS --kernel_table --trace-file "$OUT/schnell.json.gz" ;;
+      row 150 fp8-blocks $SCHNELL $BLOCKS --kernel_table --trace-file "$MORE/schnell.json.gz" ;;
     schnell-full) # what whole-graph compilation adds, and what it costs
       row 300 fp8-full $SCHNELL $FULL
       row 280 lossless-full $SCHNELL --disable_quant $FULL ;;
@@ -99,7 +116,7 @@ for part in "$@"; do
       row 180 fp8-blocks $DEV $BLOCKS --num_runs 5 --kernel_table ;;
     dev-cache) # compiled blocks without graphs, reused steps; the pattern stands in the row
       row 180 bf16-cache $DEV --disable_quant $CACHE --num_runs 5
-      row 180 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$OUT/dev-cache.json.gz" ;;
+      row 180 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$MORE/dev-cache.json.gz" ;;
     dev-mask) # the presets' own steps, graphs kept: what they leave of the time without a mask
       row 145 "fp8-blocks" $DEV $BLOCKS --num_runs 5
       for preset in slow medium fast; do
@@ -113,7 +130,7 @@ for part in "$@"; do
       for ckpt in tiny-dev "tiny-kontext --image tiny_flux/source.png"; do
         echo "=== utils.cache_sweep --ckpt $ckpt"
         timeout -k 5 280 python3 -m utils.cache_sweep --ckpt $ckpt \
-          --results "$OUT/curve-${ckpt%% *}.jsonl" 2>&1 | tee -a "$OUT/log.txt" | cut -c1-200
+          --results "$MORE/curve-${ckpt%% *}.jsonl" 2>&1 | tee -a "$OUT/log.txt" | cut -c1-200
       done ;;
     kontext)
       row 180 eager $KONTEXT $EAGER --num_runs 3 --num_warmup 1
@@ -146,14 +163,14 @@ for part in "$@"; do
       for turn in 1 2; do
         row 145 "fp8-blocks $turn" $DEV $BLOCKS --num_runs 5
         row 145 "fp8-blocks-modulation $turn" $DEV $BLOCKS --num_runs 5 --modulation_once \
-          --trace-file "$OUT/dev-modulation.json.gz"
+          --trace-file "$MORE/dev-modulation.json.gz"
       done ;;
     fused-kernels) # our kernels between the products, beside the same stack without
       row 140 fp8-blocks $SCHNELL $BLOCKS
       row 140 fp8-blocks-fused-kernels $SCHNELL $BLOCKS --fused_kernels
       row 150 fp8-blocks $DEV $BLOCKS --num_runs 5
       row 150 fp8-blocks-fused-kernels $DEV $BLOCKS --num_runs 5 --fused_kernels \
-        --trace-file "$OUT/dev-fused-kernels.json.gz" ;;
+        --trace-file "$MORE/dev-fused-kernels.json.gz" ;;
     startup-blocks) # a process from its start to its tenth image: packages of two blocks
       startup 300 "export_aoti blocks" ;;
     startup-compile) # the same with what torch.compile has made in the store
@@ -192,7 +209,7 @@ for part in "$@"; do
       lora=tiny_flux/loras/tiny-schnell-night.safetensors
       series 140 --ladder --ckpt tiny-schnell --lora $lora --compile_scope blocks --rows eager,quant,compile
       timeout -k 5 140 python3 gen_image.py --ckpt tiny-schnell --lora $lora --lora $lora:0.5 \
-        --swap_loras $BLOCKS --output-file "$OUT/swapped.png" 2>&1 | tee -a "$OUT/log.txt" | tail -n 8 ;;
+        --swap_loras $BLOCKS --output-file "$MORE/swapped.png" 2>&1 | tee -a "$OUT/log.txt" | tail -n 8 ;;
     serving) # the served models' components against FluxPipeline, without a server
       for model in clip_encoder t5_encoder dit_transformer vae_decoder bls_orchestrator; do
         echo "=== $model"
@@ -203,8 +220,8 @@ for part in "$@"; do
       row 150 768x1344 $SCHNELL $BLOCKS --height 768 --width 1344
       row 150 batch-4 $SCHNELL $BLOCKS --num_images_per_prompt 4 --num_runs 5 ;;
   esac
+  tar -czf "$OUT/more.tar.gz" -C "$MORE" .  # after each part: the last one may be cut off
 done
-# few files come back, so the pictures travel as one
 if [ -d "$OUT/pictures" ]; then
   tar -czf "$OUT/pictures.tar.gz" -C "$OUT" pictures && rm -r "$OUT/pictures"
 fi

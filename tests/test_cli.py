@@ -174,13 +174,16 @@ def test_every_problem_is_reported_at_once():
 
 
 def test_gated_model_names_licence_login_and_the_way_around(monkeypatch):
-    import httpx2
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
 
+    from utils.checkpoints import transport_error
+
+    http = sys.modules[transport_error().__module__.partition(".")[0]]  # httpx, or httpx2
+
     def gated(*args, **kwargs):
         raise GatedRepoError(
-            "gated", response=httpx2.Response(403, request=httpx2.Request("HEAD", "http://x"))
+            "gated", response=http.Response(403, request=http.Request("HEAD", "http://x"))
         )
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", gated)

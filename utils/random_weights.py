@@ -85,6 +85,7 @@ MID = {  # 283 million parameters in the transformer
     },
     "text_encoder_2": {"d_model": 1024, "d_ff": 2560, "num_layers": 6, "num_heads": 16},
 }
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 OUTLIERS, OUTLIER_SCALE = 384, 24.0  # one channel in 384 (8 of FLUX.1's 3,072), 24 times as large
 SCALES = {6: (1, 4), 3: (1,), 2: (0,)}  # parts of a modulation -> which of them are scales
 
@@ -112,8 +113,10 @@ def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
     }
 
 
-def modules(checkpoint: checkpoints.Checkpoint, dtype, device: str) -> dict:
-    """Build the four networks on the device (also "meta"), with their libraries' own first values.
+def modules(
+    checkpoint: checkpoints.Checkpoint, dtype, device: str, parts: tuple[str, ...] = PARTS
+) -> dict:
+    """Build the networks on the device (also "meta"), with their libraries' own first values.
 
     Returns: component name -> torch.nn.Module, in FluxPipeline's names.
     """
@@ -125,16 +128,17 @@ def modules(checkpoint: checkpoints.Checkpoint, dtype, device: str) -> dict:
     tokenizer, _ = _tokenizers(checkpoint.path)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     clip = CLIPTextConfig(**configs["text_encoder"] | ends)
+    make = {
+        "transformer": diffusers.FluxTransformer2DModel.from_config,
+        "vae": diffusers.AutoencoderKL.from_config,
+        "text_encoder": lambda config: CLIPTextModel(clip),
+        "text_encoder_2": lambda config: T5EncoderModel(T5Config(**config)),
+    }
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return {
-                "transformer": diffusers.FluxTransformer2DModel.from_config(configs["transformer"]),
-                "vae": diffusers.AutoencoderKL.from_config(configs["vae"]),
-                "text_encoder": CLIPTextModel(clip),
-                "text_encoder_2": T5EncoderModel(T5Config(**configs["text_encoder_2"])),
-            }
+            return {part: make[part](configs[part]) for part in parts}
     finally:
         torch.set_default_dtype(default_dtype)
 
@@ -146,6 +150,26 @@ def weights_gib(checkpoint: checkpoints.Checkpoint, dtype) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
 
 
+def filled(
+    checkpoint: checkpoints.Checkpoint,
+    dtype,
+    device: str,
+    seed: int,
+    parts: tuple[str, ...] = PARTS,
+) -> dict:
+    """Build networks with seeded random weights; which ones decides their numbers, too."""
+    import torch
+
+    found = modules(checkpoint, dtype, device, parts)
+    generator = torch.Generator(device).manual_seed(seed)
+    for part in found.values():
+        part.eval().requires_grad_(False)
+        _fill(part, generator)
+    if "transformer" in found:
+        _let_channels_stand_out(found["transformer"])
+    return found
+
+
 def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
     """Build the checkpoint's pipeline with seeded random weights, directly on the device.
 
@@ -153,14 +177,8 @@ def build(checkpoint: checkpoints.Checkpoint, dtype, device: str, seed: int):
     and kind of device.
     """
     import diffusers
-    import torch
 
-    parts = modules(checkpoint, dtype, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for part in parts.values():
-        part.eval().requires_grad_(False)
-        _fill(part, generator)
-    _let_channels_stand_out(parts["transformer"])
+    parts = filled(checkpoint, dtype, device, seed)
     clip_tokenizer, t5_tokenizer = _tokenizers(checkpoint.path)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
         configs_of(checkpoint)["scheduler"]
