@@ -38,6 +38,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "drop_text_padding",
     "fa3_dtype",
     "fused_kernels",
+    "fused_mlp",
     "gguf_file",
     "gguf_mode",
     "guidance_scale",

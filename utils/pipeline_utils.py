@@ -13,6 +13,7 @@ from utils.steps import (
     export_aoti,
     fa3,
     fused_kernels,
+    fused_mlp,
     fused_projections,
     gguf,
     group_norm,
@@ -31,6 +32,7 @@ STEPS = (
     gguf,  # the weights themselves: all below reads them
     lora,  # added to them
     fused_projections,  # fused matrices must exist before anything reads them
+    fused_mlp,  # joins one of those with another
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
     channels_last,  # compilation specialises on strides

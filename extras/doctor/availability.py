@@ -12,6 +12,7 @@ from utils.steps import Verdict
 COMPILED = {"compile_export_mode": "compile"}
 ASK = {  # step that is off by default -> the arguments that turn it on
     "fused_kernels": {"fused_kernels": True},
+    "fused_mlp": {"fused_mlp": True},
     "group_norm": {"channel_group_norm": True} | COMPILED,
     "cache_dit": {
         "cache_dit_config": str(ROOT / "cache_config.yaml"),

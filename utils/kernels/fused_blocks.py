@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from utils.kernels.flash_attention import flash_attn_func
+from utils.kernels.joint_projection import split
 from utils.kernels.modulate import gelu_quantize, linear_float8, norm_modulate
 from utils.kernels.norm_rope import norm_rope
 
@@ -137,11 +138,23 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         inputs = norm_modulate(x, shift, scale, float8=self.float8)
-        mlp = _linear(self.proj_mlp, inputs)
-        out = attend(self.attn, inputs, None, image_rotary_emb)
+        heads, mlp = self._project(inputs)
+        out = attend(self.attn, heads, None, image_rotary_emb)
         if self.float8:
             out = linear_float8(*gelu_quantize(mlp, out), self.proj_out)
         else:
             out = self.proj_out(torch.cat([out, self.act_mlp(mlp)], dim=2))
         x = x + gate[:, None] * out
         return x[:, :txt_tokens], x[:, txt_tokens:]
+
+    def _project(self, inputs):
+        """Give what the attention projects, and the MLP's input (B, S, M)."""
+        return inputs, _linear(self.proj_mlp, inputs)
+
+
+class FusedJointFluxSingleTransformerBlock(FusedFluxSingleTransformerBlock):
+    """Single block after step fused_mlp: one product for attention and MLP."""
+
+    def _project(self, inputs):
+        qkv, mlp = split(self, _linear(self.to_qkv_mlp, inputs))
+        return [qkv], mlp
