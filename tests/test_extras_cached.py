@@ -63,6 +63,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "step_mask_gain",
     "step_mask_order",
     "swap_loras",
+    "triton_float8",
     "true_cfg_scale",
     "width",
 }

@@ -26,6 +26,7 @@ from utils.steps import (
     step_mask,
     text_encoders,
     text_padding,
+    triton_float8,
 )
 
 STEPS = (
@@ -42,6 +43,7 @@ STEPS = (
     text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
     persistent_tma,  # moves the biases of the float8 products
+    triton_float8,  # or takes those products over
     memory,  # moves the final weights to where they stay, or puts hooks on them
     inductor_tuning_flags,  # read when the compiler runs
     text_encoders,  # warmed up by the calls of the two below
