@@ -185,13 +185,14 @@ def of_heads(kind: str, case, run=norm_rope.launch_norm_rope, device="cpu") -> l
     return found
 
 
-def _exact_casts() -> None:
+def exact_casts() -> None:
     """Give Triton's interpreter torch's rounding; float8 saturates as on a GPU."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
     kinds = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
+    kinds[tl.float16] = torch.float16  # which the interpreter multiplies float8 in
 
     def convert(data, source, target, rounding):
         x = torch.from_numpy(np.ascontiguousarray(data))
@@ -209,7 +210,7 @@ def _exact_casts() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _exact_casts()
+    exact_casts()
     for case_of, cases in ((of_rows, ROWS), (of_gelu, ROWS), (of_heads, HEADS)):
         for case in cases:
             for kind in KINDS:

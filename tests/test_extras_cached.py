@@ -39,6 +39,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "drop_text_padding",
     "fa3_dtype",
     "fused_kernels",
+    "fused_mlp",
     "gguf_file",
     "gguf_mode",
     "guidance_scale",
@@ -63,6 +64,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "step_mask_gain",
     "step_mask_order",
     "swap_loras",
+    "triton_float8",
     "true_cfg_scale",
     "width",
 }

@@ -10,8 +10,9 @@ from test_quant import FEW, H200, arguments, cpu_float8  # noqa: F401 (a fixture
 from tests.flux_pieces import inputs, pipeline, relative_error
 from utils.errors import UserError
 from utils.hardware import Machine
+from utils.kernels.float8_product import linear_float8
 from utils.kernels.linear import LinearThenBias
-from utils.kernels.modulate import linear_float8, quantize_rows
+from utils.kernels.modulate import quantize_rows
 from utils.steps import fused_projections, persistent_tma, quant
 from utils.steps.compile import compiler_options
 

@@ -12,7 +12,7 @@ import torch
 
 from triton_models.parts import load_part
 
-TRANSFORMER_STEPS = ("fa3", "fused_kernels", "quant")
+TRANSFORMER_STEPS = ("fused_mlp", "fa3", "fused_kernels", "quant", "triton_float8")
 DECODER_STEPS = ("channels_last", "group_norm")
 
 

@@ -13,6 +13,7 @@ from utils.steps import (
     export_aoti,
     fa3,
     fused_kernels,
+    fused_mlp,
     fused_projections,
     gguf,
     group_norm,
@@ -26,12 +27,14 @@ from utils.steps import (
     step_mask,
     text_encoders,
     text_padding,
+    triton_float8,
 )
 
 STEPS = (
     gguf,  # the weights themselves: all below reads them
     lora,  # added to them
     fused_projections,  # fused matrices must exist before anything reads them
+    fused_mlp,  # joins one of those with another
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
     channels_last,  # compilation specialises on strides
@@ -41,6 +44,7 @@ STEPS = (
     text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
     persistent_tma,  # moves the biases of the float8 products
+    triton_float8,  # or takes those products over
     memory,  # moves the final weights to where they stay, or puts hooks on them
     inductor_tuning_flags,  # read when the compiler runs
     text_encoders,  # warmed up by the calls of the two below

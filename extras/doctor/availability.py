@@ -12,6 +12,7 @@ from utils.steps import Verdict
 COMPILED = {"compile_export_mode": "compile"}
 ASK = {  # step that is off by default -> the arguments that turn it on
     "fused_kernels": {"fused_kernels": True},
+    "fused_mlp": {"fused_mlp": True},
     "group_norm": {"channel_group_norm": True} | COMPILED,
     "cache_dit": {
         "cache_dit_config": str(ROOT / "cache_config.yaml"),
@@ -20,6 +21,7 @@ ASK = {  # step that is off by default -> the arguments that turn it on
     },
     "modulation": {"modulation_once": True},
     "text_padding": {"drop_text_padding": True},
+    "triton_float8": {"triton_float8": True},
     "persistent_tma": {"persistent_tma": True} | COMPILED,
     "inductor_tuning_flags": COMPILED,
     "text_encoders": {"compile_text_encoders": True} | COMPILED,

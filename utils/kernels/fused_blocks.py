@@ -15,7 +15,9 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from utils.kernels.flash_attention import flash_attn_func
-from utils.kernels.modulate import gelu_quantize, linear_float8, norm_modulate
+from utils.kernels.float8_product import linear_float8
+from utils.kernels.joint_projection import split
+from utils.kernels.modulate import gelu_quantize, norm_modulate
 from utils.kernels.norm_rope import norm_rope
 
 
@@ -77,10 +79,9 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
         x, *inputs = norm_modulate(x, *norm, y, gates[0], float8=self.float8)
         up, down = linears.net[0], linears.net[2]
         if self.float8:
-            y = linear_float8(*gelu_quantize(linear_float8(*inputs, up.proj)), down)
-        else:
-            y = down(up(*inputs))
-        return x + gates[1][:, None] * y
+            hidden = gelu_quantize(linear_float8(*inputs, up.proj))
+            return linear_float8(*hidden, down, x, gates[1])
+        return x + gates[1][:, None] * down(up(*inputs))
 
     def forward(
         self,
@@ -137,11 +138,22 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         inputs = norm_modulate(x, shift, scale, float8=self.float8)
-        mlp = _linear(self.proj_mlp, inputs)
-        out = attend(self.attn, inputs, None, image_rotary_emb)
+        heads, mlp = self._project(inputs)
+        out = attend(self.attn, heads, None, image_rotary_emb)
         if self.float8:
-            out = linear_float8(*gelu_quantize(mlp, out), self.proj_out)
+            x = linear_float8(*gelu_quantize(mlp, out), self.proj_out, x, gate)
         else:
-            out = self.proj_out(torch.cat([out, self.act_mlp(mlp)], dim=2))
-        x = x + gate[:, None] * out
+            x = x + gate[:, None] * self.proj_out(torch.cat([out, self.act_mlp(mlp)], dim=2))
         return x[:, :txt_tokens], x[:, txt_tokens:]
+
+    def _project(self, inputs):
+        """Give what the attention projects, and the MLP's input (B, S, M)."""
+        return inputs, _linear(self.proj_mlp, inputs)
+
+
+class FusedJointFluxSingleTransformerBlock(FusedFluxSingleTransformerBlock):
+    """Single block after step fused_mlp: one product for attention and MLP."""
+
+    def _project(self, inputs):
+        qkv, mlp = split(self, _linear(self.to_qkv_mlp, inputs))
+        return [qkv], mlp

@@ -4,7 +4,8 @@ A Linear in float8 wants its input as e4m3 with one scale per row, and the scale
 row: whoever has the row in registers can write the float8 values directly. `flux::norm_modulate`
 does so for the inputs of Q, K, V and both MLPs, with gate + residual in front where there is one;
 `flux::gelu_quantize` for the second Linear of an MLP and for a single block's [attention, MLP],
-without the concatenation in bf16. Several Linears then share one quantised input (`linear_float8`).
+without the concatenation in bf16. Several Linears then share one quantised input
+(`linear_float8` in utils/kernels/float8_product.py).
 
 Each is a triton_op, not an opaque custom op: compile and AOTI see the kernels and put them into
 their own code, so a package calls no Python. On a CPU the op is its plain twin. Arithmetic is fp32
@@ -19,7 +20,6 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from utils.kernels.flash_attention import E4M3, E4M3_MAX, TINY
-from utils.kernels.linear import LinearThenBias
 
 # The same numbers as constants of kernels
 _MAX = tl.constexpr(E4M3_MAX)
@@ -37,27 +37,6 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     scale = (x.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=TINY)
     return (x * scale.reciprocal()).to(E4M3), scale
-
-
-def linear_float8(x: torch.Tensor, scale: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
-    """Apply a Linear whose weight torchao made float8 to an input that is float8 already.
-
-    The product is torchao's own; only its quantisation of the input is left out.
-
-    Shapes: x (B, S, K) float8_e4m3fn, scale (B, S, 1) fp32 -> (B, S, N) bf16
-    """
-    weight = linear.weight  # [N, K] float8 with a scale per row, [N, 1]
-    bias_after = isinstance(linear, LinearThenBias)
-    out = torch._scaled_mm(
-        x.flatten(0, 1),
-        weight.qdata.t(),
-        scale_a=scale.flatten(0, 1),
-        scale_b=weight.scale.t(),
-        bias=None if bias_after else linear.bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-    return (out + linear.bias if bias_after else out).unflatten(0, x.shape[:2])
 
 
 def plain_norm_modulate(x, shift, scale, y=None, gate=None, float8=False) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from utils.steps import Verdict, off, on, refused
 
 NAME = "cache_dit"
-AFTER = ("fused_projections", "fa3")
+AFTER = ("fused_projections", "fused_mlp", "fa3")
 
 # flux-fast's names, from an older cache-dit
 OLD_KEYS = {"warmup_steps": "max_warmup_steps"}

@@ -16,7 +16,7 @@ from utils.hardware import Machine
 from utils.steps import Verdict, import_problem, off, on, quant, refused, unavailable
 
 NAME = "fused_kernels"
-AFTER = ("fused_projections", "fa3")
+AFTER = ("fused_projections", "fused_mlp", "fa3")
 
 
 def add_flags(parser) -> None:
@@ -72,11 +72,13 @@ def apply(pipeline, args) -> None:
     from utils.errors import UserError
     from utils.kernels import fused_blocks
     from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
+    from utils.kernels.joint_projection import JointFluxSingleTransformerBlock
 
     transformer = pipeline.transformer
     wanted = {
         transformer_flux.FluxTransformerBlock: fused_blocks.FusedFluxTransformerBlock,
         transformer_flux.FluxSingleTransformerBlock: fused_blocks.FusedFluxSingleTransformerBlock,
+        JointFluxSingleTransformerBlock: fused_blocks.FusedJointFluxSingleTransformerBlock,
     }
     chosen = set()
     if args.plan[NAME].settings["float8"]:

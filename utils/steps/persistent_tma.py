@@ -42,7 +42,27 @@ def check(args) -> Verdict:
             "--persistent_tma: found --compile_export_mode disabled, expected compile or "
             "export_aoti (it is the compiler's choice of kernels)"
         )
+    if problem := package_problem(args):
+        return refused(f"--persistent_tma: {problem}")
     return on(bias="after" if quant.check(args).is_on else "inside")
+
+
+def package_problem(args) -> str:
+    """Say why packages of this run cannot hold kernels with TMA descriptors; "" if they can.
+
+    Such a kernel keeps its descriptors in scratch memory, a part for each program. The C++ wrapper
+    of torch 2.11 allots one part for all of them, and the others write behind it.
+    """
+    import torch
+
+    version = torch.__version__.split("+")[0]
+    known = tuple(map(int, version.split(".")[:2])) >= (2, 13)
+    if args.compile_export_mode != "export_aoti" or known:
+        return ""
+    return (
+        f"packages of torch {version} give its kernels too little scratch memory, expected torch "
+        "2.13 or newer; use --compile_export_mode compile"
+    )
 
 
 def options(args) -> dict[str, bool]:

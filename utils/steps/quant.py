@@ -14,7 +14,7 @@ from utils.hardware import Machine
 from utils.steps import Verdict, gguf, import_problem, off, on, refused, unavailable
 
 NAME = "quant"
-AFTER = ("fused_projections",)
+AFTER = ("fused_projections", "fused_mlp")
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 INSTALL = "pip install torchao==0.18.0 (0.17 for torch 2.11)"

@@ -1,0 +1,264 @@
+"""A float8 product of our own: rows and columns scaled, bias, gate and residual in one kernel.
+
+`flux::float8_product` is a candidate beside torch._scaled_mm and Inductor's template. One program
+on each multiprocessor works through the tiles, loads them through Hopper's tensor memory
+accelerator, multiplies e4m3 with fp32 sums (the tensor core's own, fast ones) and writes bf16 after
+one rounding. A block's last product ends in x + gate * product, which costs a pass of its own
+elsewhere; here x is read where the tile is written.
+
+The descriptors are made in the kernel: those of the host do not pass through a traced triton_op
+(torch 2.11 to 2.13). They lie in scratch memory, which Inductor provides, or eager code below.
+
+A triton_op with a CPU twin, as in utils/kernels/modulate.py. Backward: none. Inference only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+from utils.kernels.linear import LinearThenBias
+from utils.kernels.modulate import quantize_rows
+
+# Tile: rows, columns, warps, stages. All fit sm_90's registers and 227 KiB of shared memory
+TILES = ((128, 256, 8, 4), (128, 128, 8, 4), (64, 128, 4, 5))
+BLOCK_K, GROUP = 128, 8  # columns of a step; rows of tiles that stay together, for the L2 cache
+
+
+def choose_tile(rows: int, columns: int, programs: int) -> tuple[int, int, int, int]:
+    """Give the tile with which the busiest multiprocessor loads least.
+
+    A tile loads its height and its width in every step, and without clusters that share loads they
+    bound the kernel, not the tensor cores. So the largest tile wins, unless it leaves
+    multiprocessors without work.
+    """
+
+    def loads(tile) -> int:
+        height, width, *_ = tile
+        return -(-(-(-rows // height) * -(-columns // width)) // programs) * (height + width)
+
+    return min(TILES, key=loads)
+
+
+def plain_float8_product(x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None):
+    """Do what `float8_product` does, in torch."""
+    out = (x.float() @ weight.float().t()) * x_scale * weight_scale.t()
+    if bias is not None:
+        out = out + bias.float()
+    if residual is not None:
+        out = residual.float() + gate[:, None].float() * out
+    return out.bfloat16()
+
+
+@triton.jit
+def _write(
+    out,
+    row_scale,
+    rows,
+    column,
+    weight_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    gate_ptr,
+    out_ptr,
+    count,
+    tokens,
+    gate_batch,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Scale half a tile, add what there is to add, and store it."""
+    columns = column + tl.arange(0, WIDTH)
+    within = columns < N
+    out = out * row_scale[:, None] * tl.load(weight_scale_ptr + columns, within, 0.0)[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + columns, within, 0.0).to(tl.float32)[None, :]
+    inside = (rows < count)[:, None] & within[None, :]
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if RESIDUAL:
+        batch = (rows // tokens * gate_batch)[:, None]
+        gate = tl.load(gate_ptr + batch + columns[None, :], inside, 0.0).to(tl.float32)
+        out = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32) + gate * out
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def float8_product_kernel(
+    x_ptr,
+    x_scale_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    gate_ptr,
+    out_ptr,
+    count,  # rows
+    tokens,  # rows of an image
+    gate_batch,  # stride
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Compute every num_programs-th tile, from program_id on; flattened, tiles overlap."""
+    x = tl.make_tensor_descriptor(x_ptr, [count, K], [K, 1], [BLOCK_M, BLOCK_K])
+    weight = tl.make_tensor_descriptor(weight_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    down, across = tl.cdiv(count, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        first = tile // (GROUP * across) * GROUP
+        height = tl.minimum(down - first, GROUP)
+        place = tile % (GROUP * across)
+        row, column = (first + place % height) * BLOCK_M, place // height * BLOCK_N
+        out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            out = tl.dot(x.load([row, k]), weight.load([column, k]).T, out)
+        rows = row + tl.arange(0, BLOCK_M)
+        scale = tl.load(x_scale_ptr + rows, rows < count, 0.0)
+        # Half a tile at a time: whole ones spill registers
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(out, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        for side in tl.static_range(2):
+            _write(
+                left if side == 0 else right,
+                scale,
+                rows,
+                column + side * HALF,
+                weight_scale_ptr,
+                bias_ptr,
+                residual_ptr,
+                gate_ptr,
+                out_ptr,
+                count,
+                tokens,
+                gate_batch,
+                N,
+                HALF,
+                BIAS,
+                RESIDUAL,
+            )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def launch_float8_product(
+    x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None, programs=None
+) -> torch.Tensor:
+    """Do what `float8_product` does, by its kernel, on so many programs (one a multiprocessor)."""
+    if programs is None:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        triton.set_allocator(_scratch)
+    columns, inner = map(int, weight.shape)  # constants of the kernel, never symbols
+    batch, tokens = x.shape[:2]
+    count = batch * tokens
+    # Of a size that the compiler leaves open nothing may be asked
+    known = isinstance(count, int)
+    height, width, warps, stages = choose_tile(count, columns, programs) if known else TILES[0]
+    out = x.new_empty((batch, tokens, columns), dtype=torch.bfloat16)
+    wrap_triton(float8_product_kernel)[(programs,)](
+        x.contiguous(),
+        x_scale.contiguous(),
+        weight,
+        weight_scale.contiguous(),
+        weight_scale if bias is None else bias,  # unread where there is none
+        weight_scale if residual is None else residual.contiguous(),
+        weight_scale if gate is None else gate,
+        out,
+        count,
+        tokens,
+        0 if gate is None else gate.stride(0),
+        N=columns,
+        K=inner,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        BLOCK_M=height,
+        BLOCK_N=width,
+        BLOCK_K=BLOCK_K,
+        GROUP=GROUP,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+def _check(x, x_scale, weight, weight_scale, bias, residual, gate) -> None:
+    batch, tokens, inner = x.shape
+    columns = weight.shape[0]
+    ok = weight.shape[1] == inner and weight.is_contiguous() and inner % 16 == 0
+    ok = ok and tuple(x_scale.shape) == (batch, tokens, 1) and weight_scale.shape == (columns, 1)
+    ok = ok and (bias is None or bias.shape == (columns,)) and (residual is None) == (gate is None)
+    if residual is not None:
+        ok = ok and tuple(residual.shape) == (batch, tokens, columns)
+        ok = ok and tuple(gate.shape) == (batch, columns) and gate.stride(1) == 1
+    if not ok:
+        given = (x, x_scale, weight, weight_scale, bias, residual, gate)
+        found = [None if tensor is None else tuple(tensor.shape) for tensor in given]
+        raise ValueError(f"float8_product: shapes that do not belong together: {found}")
+
+
+@triton_op("flux::float8_product", mutates_args=())
+def float8_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute y = x_scale * weight_scale * (x @ weight') + bias, or residual + gate * y.
+
+    Shapes: x (B, S, K), weight (N, K), both float8_e4m3fn; x_scale (B, S, 1), weight_scale (N, 1)
+        fp32; bias (N,), residual (B, S, N), gate (B, N) bf16 -> (B, S, N) bf16
+    Raises: ValueError on shapes that do not belong together, and K no multiple of 16.
+    """
+    _check(x, x_scale, weight, weight_scale, bias, residual, gate)
+    run = launch_float8_product if x.is_cuda else plain_float8_product
+    return run(x, x_scale, weight, weight_scale, bias, residual, gate)
+
+
+class TritonFloat8Linear(torch.nn.Linear):
+    """Do what a Linear does whose weight torchao made float8, by `float8_product`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shapes: x (B, S, in_features) -> (B, S, out_features) bf16"""
+        return linear_float8(*quantize_rows(x), self)
+
+
+def linear_float8(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    linear: torch.nn.Linear,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a Linear whose weight torchao made float8 to an input that is float8 already.
+
+    The product is torchao's own, without its quantisation of the input, or `float8_product`. Given
+    both residual and gate, residual + gate * product is returned.
+
+    Shapes: x (B, S, K) float8_e4m3fn, scale (B, S, 1) fp32, residual (B, S, N), gate (B, N)
+        -> (B, S, N) bf16
+    """
+    weight = linear.weight  # [N, K] float8 with a scale per row, [N, 1]
+    if isinstance(linear, TritonFloat8Linear):
+        return float8_product(x, scale, weight.qdata, weight.scale, linear.bias, residual, gate)
+    bias_after = isinstance(linear, LinearThenBias)
+    out = torch._scaled_mm(
+        x.flatten(0, 1),
+        weight.qdata.t(),
+        scale_a=scale.flatten(0, 1),
+        scale_b=weight.scale.t(),
+        bias=None if bias_after else linear.bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    out = (out + linear.bias if bias_after else out).unflatten(0, x.shape[:2])
+    return out if residual is None else residual + gate[:, None] * out
