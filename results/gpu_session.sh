@@ -87,7 +87,7 @@ for part in "$@"; do
     correct-kernels) # ours and the packages', without the stack around them
       correct 180 tests/test_{attention_gpu,fused_kernels_gpu,quant,cudagraph,denoise}.py ;;
     correct-stack) # every mode against eager; compiles for most of its time
-      correct 400 tests/test_{stack_gpu,export_aoti,extras_controlnet,memory_gpu}.py ;;
+      correct 400 tests/test_{stack_gpu,export_aoti,image_encoder,extras_controlnet,memory_gpu}.py ;;
     kernels) # each at FLUX.1's shapes, checked: what torch and the packages bring, and ours
       kernels 170 'product/*' --skip_compiled
       kernels 100 'attention/*,between/*,decoder/*,text/*,transfer/*' --skip_compiled ;;

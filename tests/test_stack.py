@@ -12,7 +12,7 @@ import torch
 from conftest import TOGGLES, make_args, optimized
 
 from utils import quality
-from utils.pipeline_utils import STEPS, generate
+from utils.pipeline_utils import generate
 
 PROMPT = ("--prompt", "a red circle on a blue background")
 ALONE = {
