@@ -84,15 +84,15 @@ def _paste(pipeline, image, mask) -> None:
     """Let the pipeline's last stage put the original's pixels back, and no others."""
     from PIL import ImageOps
 
-    keep, to_pil = ImageOps.invert(mask), pipeline.image_processor.numpy_to_pil
+    keep, processor = ImageOps.invert(mask), pipeline.image_processor
 
-    def pasted(*args, **kwargs) -> list:
-        made = to_pil(*args, **kwargs)
+    def pasted(images) -> list:
+        made = type(processor).numpy_to_pil(images)  # device_images may have changed the type
         for picture in made:
             picture.paste(image, mask=keep)
         return made
 
-    pipeline.image_processor.numpy_to_pil = pasted
+    processor.numpy_to_pil = pasted
 
 
 def main() -> None:

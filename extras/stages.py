@@ -77,8 +77,11 @@ class Stages:
     def optimize(self) -> None:
         """Apply every step; what warms up does so at the first stage's size."""
         from utils.pipeline_utils import optimize
+        from utils.steps import device_images
 
         optimize(self.first, self.small)
+        if self.args.plan[device_images.NAME].is_on:
+            device_images.apply(self.later, self.args)
         self.later.encode_prompt = self.first.encode_prompt  # text_padding shortens it
 
     def run(self) -> list:

@@ -71,7 +71,7 @@ kernels() {
 
 # Full size, random weights: speed, memory, the latents' error against eager; pictures by part tiny
 FAST="--random_weights --quality_source none --quality_prompts 2"
-EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --compile_export_mode disabled"
+EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --disable_device_images --compile_export_mode disabled"
 BLOCKS="--compile_export_mode compile --compile_scope blocks"
 FULL="--compile_export_mode compile --compile_scope full"
 AOTI="--compile_export_mode export_aoti --cache-dir /tmp/packages"

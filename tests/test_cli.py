@@ -106,6 +106,7 @@ def test_defaults_on_a_hopper_gpu(as_machine, monkeypatch):
         "fa3",
         "channels_last",
         "quant",
+        "device_images",
         "inductor_tuning_flags",
         "export_aoti",
     ]

@@ -32,6 +32,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "device",
     "disable_bf16",
     "disable_channels_last",
+    "disable_device_images",
     "disable_fa3",
     "disable_fused_projections",
     "disable_inductor_tuning_flags",

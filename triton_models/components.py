@@ -37,7 +37,7 @@ def optimized(pipeline, args, run: Callable, without: tuple[str, ...], batch_siz
     """Apply the steps to one component and make its call once for every batch size."""
     from utils.pipeline_utils import optimize
 
-    optimize(Part(pipeline, run), args, without)
+    optimize(Part(pipeline, run), args, (*without, "device_images"))  # no pictures here
     for rows in batch_sizes:
         run(rows, args.height, args.width, args.max_sequence_length)
 

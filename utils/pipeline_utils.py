@@ -10,6 +10,7 @@ from utils.steps import (
     cache_dit,
     channels_last,
     compile,
+    device_images,
     export_aoti,
     fa3,
     fused_kernels,
@@ -46,6 +47,7 @@ STEPS = (
     persistent_tma,  # moves the biases of the float8 products
     triton_float8,  # or takes those products over
     memory,  # moves the final weights to where they stay, or puts hooks on them
+    device_images,  # follows the decoder; the calls below warm it up
     inductor_tuning_flags,  # read when the compiler runs
     text_encoders,  # warmed up by the calls of the two below
     image_encoder,  # one component more for the two below
