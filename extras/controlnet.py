@@ -15,7 +15,8 @@ from extras.inpaint import read_mask
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
 
-OF_BLOCKS = ("fused_projections", "fa3", "fused_kernels", "quant")  # steps that change blocks only
+# Steps that change blocks only
+OF_BLOCKS = ("fused_projections", "fa3", "fused_kernels", "quant", "deferred_scales")
 
 
 def parse(argv: list[str] | None = None):

@@ -10,6 +10,7 @@ from utils.steps import (
     cache_dit,
     channels_last,
     compile,
+    deferred_scales,
     export_aoti,
     fa3,
     fused_kernels,
@@ -25,6 +26,7 @@ from utils.steps import (
     step_mask,
     text_encoders,
     text_padding,
+    text_quant,
 )
 
 STEPS = (
@@ -39,6 +41,8 @@ STEPS = (
     modulation,  # takes linear layers out of the blocks before they are quantised
     text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
+    text_quant,  # the same for T5
+    deferred_scales,  # moves the scales and biases of the float8 products
     persistent_tma,  # moves the biases of the float8 products
     memory,  # moves the final weights to where they stay, or puts hooks on them
     inductor_tuning_flags,  # read when the compiler runs
