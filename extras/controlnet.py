@@ -16,7 +16,15 @@ from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
 
 # Steps that change blocks only
-OF_BLOCKS = ("fused_projections", "fused_mlp", "fa3", "fused_kernels", "quant", "triton_float8")
+OF_BLOCKS = (
+    "fused_projections",
+    "fused_mlp",
+    "fa3",
+    "fused_kernels",
+    "quant",
+    "deferred_scales",
+    "triton_float8",
+)
 
 
 def parse(argv: list[str] | None = None):

@@ -159,6 +159,12 @@ for part in "$@"; do
       for flag in --persistent_tma "--fa3_dtype bf16" "--quant_granularity tensor" "--quant_filter all"; do
         row 140 "$flag" $SCHNELL $BLOCKS $flag
       done ;;
+    deferred-scales) # scales and biases behind the float8 products, taking turns with the default
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $DEV $BLOCKS --num_runs 5
+        row 145 "fp8-blocks-deferred-scales $turn" $DEV $BLOCKS --num_runs 5 --deferred_scales \
+          --kernel_table
+      done ;;
     modulation) # all steps' modulation before the loop: with and without, taking turns
       for turn in 1 2; do
         row 145 "fp8-blocks $turn" $DEV $BLOCKS --num_runs 5
@@ -177,11 +183,15 @@ for part in "$@"; do
       startup 300 "compile blocks" ;;
     startup-full) # the same with packages of the whole transformer
       startup 560 "export_aoti full" ;;
-    text) # T5 and CLIP compiled and graphed, then on the prompt's own length: the stage's time
+    text) # T5 and CLIP compiled and graphed: the stage's time
       for turn in 1 2; do
         row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS
         row 145 "fp8-blocks-text-encoders $turn" $SCHNELL $BLOCKS --compile_text_encoders
-      done
+      done ;;
+    text-lossy) # T5 in float8, compiled as in `text`; then no padding
+      row 145 fp8-blocks-text-encoders $SCHNELL $BLOCKS --compile_text_encoders
+      row 145 fp8-blocks-text-quant $SCHNELL $BLOCKS --compile_text_encoders --quant_text_encoder
+      row 145 fp8-blocks $DEV $BLOCKS --num_runs 5
       row 145 fp8-blocks-text-padding $DEV $BLOCKS --num_runs 5 --drop_text_padding ;;
     decoder) # GroupNorm along the channels: the decoding stage's time, taking turns
       for turn in 1 2; do

@@ -165,7 +165,8 @@ def generate(run, inputs, on_cpu: bool) -> str:
                     node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
             made = [torch.empty(s, dtype=d, device="cuda") for s, d in inputs]
             FakeTensorProp(graph, fake).propagate(*made)
-            post_grad_passes(graph, True)
+            with V.set_fake_mode(fake):
+                post_grad_passes(graph, True)
         FakeTensorProp(graph, fake).propagate(*made)
         lowering = GraphLowering(graph, example_inputs=made)
         handlers = V.set_graph_handler(lowering), V.set_fake_mode(fake)

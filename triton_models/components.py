@@ -11,8 +11,17 @@ from types import SimpleNamespace
 import torch
 
 from triton_models.parts import load_part
+from utils.steps import text_quant
 
-TRANSFORMER_STEPS = ("fused_mlp", "fa3", "fused_kernels", "quant", "triton_float8")
+TEXT_STEPS = (text_quant.NAME,)
+TRANSFORMER_STEPS = (
+    "fused_mlp",
+    "fa3",
+    "fused_kernels",
+    "quant",
+    "deferred_scales",
+    "triton_float8",
+)
 DECODER_STEPS = ("channels_last", "group_norm")
 
 
@@ -62,6 +71,8 @@ class T5Encoder:
 
     def __init__(self, args) -> None:
         self.pipeline, self.args = load_part(args, "t5_encoder"), args
+        if args.plan[text_quant.NAME].is_on:
+            text_quant.apply(self.pipeline, args)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], length: int = 0) -> torch.Tensor:
@@ -85,7 +96,7 @@ class Transformer:
         self.config = self.pipeline.transformer.config
         self.guided = bool(self.config.guidance_embeds)
         self.ids: dict[tuple, tuple] = {}
-        optimized(self.pipeline, args, self._run, DECODER_STEPS, batch_sizes)
+        optimized(self.pipeline, args, self._run, DECODER_STEPS + TEXT_STEPS, batch_sizes)
 
     @torch.no_grad()
     def __call__(self, latents, timestep, guidance, prompt_embeds, pooled, height, width):
@@ -138,7 +149,7 @@ class Decoder:
 
     def __init__(self, args, batch_sizes: tuple[int, ...] = (1,)) -> None:
         self.args, self.pipeline = args, load_part(args, "vae_decoder")
-        optimized(self.pipeline, args, self._run, TRANSFORMER_STEPS, batch_sizes)
+        optimized(self.pipeline, args, self._run, TRANSFORMER_STEPS + TEXT_STEPS, batch_sizes)
 
     @torch.no_grad()
     def __call__(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:

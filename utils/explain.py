@@ -117,7 +117,8 @@ def _settle(args, machine: Machine):
         raise UserError(attention.reason)
     float8 = not (args.disable_quant or args.disable_bf16 or quant.lacking(machine))
     linear = on(filter=args.quant_filter) if float8 else off("no float8")
-    args.plan = {"fa3": attention, "quant": linear}
+    text = on() if float8 and args.quant_text_encoder else off("no float8")
+    args.plan = {"fa3": attention, "quant": linear, "text_quant": text}
     return args
 
 
@@ -136,6 +137,7 @@ def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
         "block linear layers": precision.linear,
         "attention": precision.attention,
         "all other linear layers": precision.other,
+        "T5's linear layers": precision.text,
     }
     float8 = ", ".join(name for name, dtype in fast.items() if dtype)
     return "\n".join(

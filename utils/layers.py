@@ -40,6 +40,7 @@ class Precision:
     linear: str = ""  # the transformer blocks' linear layers
     attention: str = ""  # the transformer's
     other: str = ""  # the transformer's modulation, embedders and last projection
+    text: str = ""  # T5's linear layers
 
 
 def total(layers, what: str, *kinds: str) -> int:

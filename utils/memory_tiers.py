@@ -69,7 +69,7 @@ def free_bytes(args) -> int:
     return psutil.virtual_memory().available
 
 
-def work_of(args, float8: bool) -> Work:
+def work_of(args, float8: bool, text_float8: bool = False) -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
     image = args.pil_image
     prompts = len(args.prompt)
@@ -84,31 +84,37 @@ def work_of(args, float8: bool) -> Work:
     )
     everything = "fp8" if float8 and args.quant_filter == "all" else ""
     base = "fp32" if args.disable_bf16 else "bf16"
-    precision = Precision(base, linear="fp8" if float8 else "", other=everything)
+    precision = Precision(
+        base,
+        linear="fp8" if float8 else "",
+        other=everything,
+        text="fp8" if text_float8 else "",
+    )
     return count(configs_of(args.checkpoint), call, precision)
 
 
-def estimate(args, tier: str, float8: bool, gguf_bytes: int | None = None) -> Estimate:
+def estimate(
+    args, tier: str, float8: bool, gguf_bytes: int | None = None, text_float8: bool = False
+) -> Estimate:
     """Estimate the peak on the device.
 
-    `float8`: the blocks' Linears are; `gguf_bytes`: the transformer's, where it stays compressed.
+    `float8`: the blocks' Linears are; `gguf_bytes`: the transformer's, where it stays compressed;
+    `text_float8`: T5's Linears are.
     """
-    work = work_of(args, float8)
+    work = work_of(args, float8, text_float8)
     configs, layers = configs_of(args.checkpoint), work.layers
     base = WIDTH["fp32" if args.disable_bf16 else "bf16"]
-    transformer = gguf_bytes or sum(
-        x.count * x.parameters * WIDTH[x.dtype] for x in layers["transformer"]
-    )
+    transformer = gguf_bytes or _bytes(layers["transformer"])
     scale = transformer / total(layers["transformer"], "parameters")
-    encoders = {name: base * total(layers[name], "parameters") for name in ("t5", "clip")}
+    encoders = sum(_bytes(layers[name]) for name in ("t5", "clip"))
     encoder = vae_encoder(configs["vae"], 1, (work.call.height, work.call.width), "bf16")
     vae = base * (total(layers["vae_decoder"], "parameters") + total(encoder, "parameters"))
 
     on_cpu = args.machine.device == "cpu"
-    weights, text = vae + transformer + sum(encoders.values()), 0
+    weights, text = vae + transformer + encoders, 0
     if tier != "full" and not on_cpu:
-        weights -= sum(encoders.values())
-        text = base * _largest(layers["t5"])
+        weights -= encoders
+        text = max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
     step = _step_bytes(configs, work, base)
     if gguf_bytes:
         step += GGUF_BYTES_OF_A_WEIGHT * _largest(layers["transformer"])
@@ -129,6 +135,10 @@ def estimate(args, tier: str, float8: bool, gguf_bytes: int | None = None) -> Es
     )
     reserve = int(RESERVE_GIB[args.machine.device] * GIB)
     return Estimate(int(weights), int(max(moments)), reserve)
+
+
+def _bytes(layers) -> int:
+    return sum(x.count * x.parameters * WIDTH[x.dtype] for x in layers)
 
 
 def _largest(layers) -> int:

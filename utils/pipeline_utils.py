@@ -10,6 +10,7 @@ from utils.steps import (
     cache_dit,
     channels_last,
     compile,
+    deferred_scales,
     device_images,
     export_aoti,
     fa3,
@@ -28,6 +29,7 @@ from utils.steps import (
     step_mask,
     text_encoders,
     text_padding,
+    text_quant,
     triton_float8,
 )
 
@@ -44,6 +46,8 @@ STEPS = (
     modulation,  # takes linear layers out of the blocks before they are quantised
     text_padding,  # decides how many text tokens all below is made for
     quant,  # after fusion, so that each fused matrix is quantised once
+    text_quant,  # the same for T5
+    deferred_scales,  # moves the scales and biases of the float8 products
     persistent_tma,  # moves the biases of the float8 products
     triton_float8,  # or takes those products over
     memory,  # moves the final weights to where they stay, or puts hooks on them

@@ -162,24 +162,27 @@ def parted(config: dict, call: Call, image: int, precision: Precision) -> tuple[
     return once, [layer for layer in step if (layer.part, layer.name) not in names]
 
 
-def t5(config: dict, batch: int, tokens: int, base: str) -> list[Layer]:
+def t5(config: dict, batch: int, tokens: int, precision: Precision) -> list[Layer]:
     """List the layers of T5's encoder; padding is computed like words, there is no mask."""
     d, ff, rows = config["d_model"], config["d_ff"], batch * tokens
+    base, fast = precision.base, precision.text
     heads, head = config["num_heads"], config["d_kv"]
     halves = 1 + config["feed_forward_proj"].startswith("gated")
-    norm = elementwise("RMS norm", rows, d, d, base, parameters=d)
+    norm = elementwise("RMS norm", rows, d, d, base, fast, parameters=d)
+    cast = [elementwise("cast", rows, heads * head, heads * head, base, fast)] * bool(fast)
     add = elementwise("residual", rows, 2 * d, d, base)
     buckets = config.get("relative_attention_num_buckets", 32)
     block = [
         norm,
-        linear("QKV", rows, d, 3 * heads * head, base, bias=False),
+        linear("QKV", rows, d, 3 * heads * head, base, fast, bias=False),
         attention(batch, tokens, heads, head, base),
-        linear("out", rows, heads * head, d, base, bias=False),
+        *cast,
+        linear("out", rows, heads * head, d, base, fast, bias=False),
         add,
         norm,
-        linear("MLP up", rows, d, halves * ff, base, bias=False),
-        elementwise("GELU", rows, halves * ff, ff, base),
-        linear("MLP down", rows, ff, d, base, bias=False),
+        linear("MLP up", rows, d, halves * ff, base, fast, bias=False),
+        elementwise("GELU", rows, halves * ff, ff, base, fast),
+        linear("MLP down", rows, ff, d, base, fast, bias=False),
         add,
     ]
     first = [
@@ -189,7 +192,7 @@ def t5(config: dict, batch: int, tokens: int, base: str) -> list[Layer]:
     return [
         *place("input", 1, first),
         *place("blocks", config["num_layers"], block),
-        *place("output", 1, [norm]),
+        *place("output", 1, [elementwise("RMS norm", rows, d, d, base, parameters=d)]),
     ]
 
 
@@ -334,7 +337,7 @@ def count(configs: dict[str, dict], call: Call, precision: Precision) -> Work:
     once, step = parted(configs["transformer"], call, image, precision)
     layers = {
         "clip": clip(configs["text_encoder"], call.prompts, base),
-        "t5": t5(configs["text_encoder_2"], call.prompts, call.text_tokens, base),
+        "t5": t5(configs["text_encoder_2"], call.prompts, call.text_tokens, precision),
         "vae_encoder": vae_encoder(vae, 1, reference, base) if reference else [],
         "constants": once,
         "transformer": step,

@@ -22,6 +22,8 @@ ASK = {  # step that is off by default -> the arguments that turn it on
     "modulation": {"modulation_once": True},
     "text_padding": {"drop_text_padding": True},
     "triton_float8": {"triton_float8": True},
+    "text_quant": {"quant_text_encoder": True},
+    "deferred_scales": {"deferred_scales": True} | COMPILED,
     "persistent_tma": {"persistent_tma": True} | COMPILED,
     "inductor_tuning_flags": COMPILED,
     "text_encoders": {"compile_text_encoders": True} | COMPILED,

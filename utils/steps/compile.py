@@ -19,7 +19,16 @@ import shutil
 from pathlib import Path
 
 from utils.progress import say, stages
-from utils.steps import Verdict, components, inductor_tuning_flags, off, on, persistent_tma, refused
+from utils.steps import (
+    Verdict,
+    components,
+    deferred_scales,
+    inductor_tuning_flags,
+    off,
+    on,
+    persistent_tma,
+    refused,
+)
 
 NAME = "compile"
 AFTER = ("inductor_tuning_flags",)
@@ -107,11 +116,12 @@ def compiler_mode(args) -> dict[str, bool]:
     return {"max_autotune": True, "coordinate_descent_tuning": True}
 
 
-def compiler_options(args) -> dict[str, bool]:
+def compiler_options(args) -> dict[str, bool | int]:
     """Give all of Inductor's options of this run, for compile and export_aoti alike."""
     return {
         **compiler_mode(args),
         **inductor_tuning_flags.options(args),
+        **deferred_scales.options(args),
         **persistent_tma.options(args),
     }
 

@@ -31,10 +31,10 @@ from utils.memory_tiers import (
     free_bytes,
     parse_size,
 )
-from utils.steps import Verdict, gguf, off, on, quant, refused
+from utils.steps import Verdict, gguf, off, on, quant, refused, text_quant
 
 NAME = "memory"
-AFTER = ("quant",)
+AFTER = ("quant", "text_quant")
 
 
 def _tier_or_size(text: str) -> str:
@@ -66,7 +66,8 @@ def settle(args) -> None:
     if gguf.is_compressed(args) and gguf.check(args).is_on:
         compressed = read_header(gguf.local_file(args.gguf_file)).bytes
     float8 = not compressed and quant.check(args).is_on
-    found = {tier: estimate(args, tier, float8, compressed) for tier in TIERS}
+    text = text_quant.check(args).is_on
+    found = {tier: estimate(args, tier, float8, compressed, text) for tier in TIERS}
     free = parse_size(args.memory) or free_bytes(args)
     args.tier = args.memory if args.memory in TIERS else "full"
     if args.memory not in TIERS and not getattr(args, "peer", None):

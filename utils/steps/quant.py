@@ -65,6 +65,13 @@ def torchao_problem() -> str:
     return f"torchao {version} without {', '.join(absent)}" if absent else ""
 
 
+def missing_torchao() -> str:
+    """Refuse in one line without a usable torchao; "" if there is one."""
+    if not (problem := torchao_problem()):
+        return ""
+    return f"quant: found {problem}; expected torchao 0.17 or newer: {INSTALL}, or --disable_quant"
+
+
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if args.disable_quant:
@@ -80,19 +87,20 @@ def check(args) -> Verdict:
         return refused(
             "quant: row-wise float8 needs bf16 weights, found --disable_bf16; add --disable_quant"
         )
-    problem = torchao_problem()
-    if problem:
-        return refused(
-            f"quant: found {problem}; expected torchao 0.17 or newer: {INSTALL}, or --disable_quant"
-        )
-    # torchao casts to MI300's own float8, without an infinity and with 240 for its largest number
-    fnuz = args.machine.hip is not None and args.machine.capability < (9, 5)
+    if problem := missing_torchao():
+        return refused(problem)
     return on(
         lossless=False,
         granularity=args.quant_granularity,
         filter=args.quant_filter,
-        dtype="e4m3fnuz" if fnuz else "e4m3fn",
+        dtype=dtype_of(args.machine),
     )
+
+
+def dtype_of(machine: Machine) -> str:
+    """Name the float8 that torchao casts to: MI300 has its own, without an infinity, up to 240."""
+    fnuz = machine.hip is not None and machine.capability < (9, 5)
+    return "e4m3fnuz" if fnuz else "e4m3fn"
 
 
 def _wanted(name: str, which: str) -> bool:
@@ -104,11 +112,16 @@ def _wanted(name: str, which: str) -> bool:
 
 def select(transformer, granularity: str, which: str) -> tuple[list[str], dict[str, str]]:
     """Name the Linears to quantise, and those of them that cannot be, with the reason."""
+    return fitting(transformer, granularity, lambda name: _wanted(name, which))
+
+
+def fitting(model, granularity: str, wanted) -> tuple[list[str], dict[str, str]]:
+    """Name a model's wanted Linears that can be float8, and those that cannot, with the reason."""
     import torch
 
     chosen, left_out = [], {}
-    for name, module in transformer.named_modules():
-        if not isinstance(module, torch.nn.Linear) or not _wanted(name, which):
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or not wanted(name):
             continue
         rows, columns = module.weight.shape
         if rows % 16 or columns % 16:
@@ -130,8 +143,21 @@ def is_float8(module) -> bool:
 def apply(pipeline, args) -> str:
     """Quantise, and say how many layers it was.
 
-    Raises: UserError if there was nothing to quantise; RuntimeError if torchao left a layer as it
-        was.
+    Raises: UserError if there was nothing to quantise; RuntimeError as `cast`.
+    """
+    settings = args.plan[NAME].settings
+    granularity, transformer = settings["granularity"], pipeline.transformer
+    chosen, left_out = select(transformer, granularity, settings["filter"])
+    if not chosen:
+        raise UserError(f"quant: no layer can be float8: {left_out}; use --disable_quant")
+    cast(transformer, chosen, granularity)
+    return report(f"quant: {len(chosen)} Linears", granularity, left_out)
+
+
+def cast(model, chosen: list[str], granularity: str) -> None:
+    """Make the named Linears of a model float8, with one scale per row or per tensor.
+
+    Raises: RuntimeError if torchao left one as it was.
     """
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
@@ -141,23 +167,21 @@ def apply(pipeline, args) -> str:
         quantize_,
     )
 
-    settings = args.plan[NAME].settings
-    granularity, transformer = settings["granularity"], pipeline.transformer
-    chosen, left_out = select(transformer, granularity, settings["filter"])
-    if not chosen:
-        raise UserError(f"quant: no layer can be float8: {left_out}; use --disable_quant")
     config = Float8DynamicActivationFloat8WeightConfig(
         granularity=PerRow() if granularity == "row" else PerTensor(),
         mm_config=Float8MMConfig(use_fast_accum=True),
         set_inductor_config=False,  # it would change Inductor's global flags; ours are passed
     )
     names = set(chosen)
-    quantize_(transformer, config, filter_fn=lambda module, name: name in names)
-    missed = [name for name in chosen if not is_float8(transformer.get_submodule(name))]
+    quantize_(model, config, filter_fn=lambda module, name: name in names)
+    missed = [name for name in chosen if not is_float8(model.get_submodule(name))]
     if missed:
         raise RuntimeError(f"quant: torchao left {len(missed)} layers unquantised: {missed[:3]}")
 
-    summary = f"quant: {len(chosen)} Linears in float8, one scale per {granularity}"
+
+def report(what: str, granularity: str, left_out: dict[str, str]) -> str:
+    """Say what became float8, and what could not."""
+    summary = f"{what} in float8, one scale per {granularity}"
     if left_out:
         summary += "; left out: " + ", ".join(f"{n} ({why})" for n, why in left_out.items())
     print(summary)

@@ -46,10 +46,11 @@ def check(args) -> Verdict:
             f"--triton_float8: multiplies float8 with one scale per row, found {found}; leave one "
             "of the two out"
         )
-    if args.persistent_tma:
+    others = ("persistent_tma", "deferred_scales")
+    if found := ", ".join(f"--{name}" for name in others if getattr(args, name)):
         return refused(
-            "--triton_float8: found --persistent_tma, which would search kernels for products that "
-            "are taken already; leave one of the two out"
+            f"--triton_float8: found {found}, for kernels of products that are taken already; "
+            "leave one of the two out"
         )
     if problem := fused_kernels.triton_problem():
         return refused(
