@@ -69,6 +69,16 @@ kernels() {
     --results "$OUT/kernels.jsonl" "$@" 2>&1 | tee -a "$OUT/log.txt" | grep -v "^| " | cut -c1-200
 }
 
+# products FLAGS...: the float8 products' variants by turns, the second turn from the compile cache
+products() {
+  local limit flags
+  for limit in 130 65; do
+    for flags in "" --fused_mlp --triton_float8; do
+      row $limit "fp8-blocks $flags" "$@" $BLOCKS $flags
+    done
+  done
+}
+
 # Full size, random weights: speed, memory, the latents' error against eager; pictures by part tiny
 FAST="--random_weights --quality_source none --quality_prompts 2"
 EAGER="--disable_fused_projections --disable_fa3 --disable_channels_last --disable_quant --disable_device_images --compile_export_mode disabled"
@@ -177,6 +187,10 @@ for part in "$@"; do
       row 150 fp8-blocks $DEV $BLOCKS --num_runs 5
       row 150 fp8-blocks-fused-kernels $DEV $BLOCKS --num_runs 5 --fused_kernels \
         --trace-file "$MORE/dev-fused-kernels.json.gz" ;;
+    float8-products) # the single blocks' joint product, and our own float8 kernel
+      products $SCHNELL ;;
+    float8-products-dev)
+      products $DEV --num_runs 5 ;;
     startup-blocks) # a process from its start to its tenth image: packages of two blocks
       startup 300 "export_aoti blocks" ;;
     startup-compile) # the same with what torch.compile has made in the store

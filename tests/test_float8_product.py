@@ -106,9 +106,10 @@ def test_opcheck_and_what_no_kernel_would_notice():
             float8_product.float8_product(*wrong)
 
 
-def ready(kernels=False, step=True, dtype=torch.bfloat16):
+def ready(kernels=False, step=True, device="cpu"):
     """Give a transformer with float8 Linears, whose products are torch's or the op's."""
-    pipe = pipeline(dtype)
+    pipe = pipeline()
+    pipe.transformer.to(device)
     plan = {"fa3": on(backend="sdpa", dtype="bf16"), "fused_kernels": on(float8=True)}
     args = SimpleNamespace(plan=plan | {"quant": on(granularity="row", filter="blocks")})
     steps = [fused_projections, fused_mlp, fa3]
@@ -166,6 +167,7 @@ def checked(machine=H200, **flags):
     defaults = {
         "triton_float8": True,
         "persistent_tma": False,
+        "deferred_scales": False,
         "disable_quant": False,
         "gguf_file": None,
         "swap_loras": False,
@@ -179,6 +181,7 @@ def checked(machine=H200, **flags):
 
 def test_it_is_asked_for_and_needs_hopper_and_float8(monkeypatch):
     assert make_args("--device", "cpu").plan["triton_float8"].reason == "no --triton_float8"
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     assert checked().is_on and checked(compile_export_mode="export_aoti").is_on
     for machine in (
         Machine("cpu", "EPYC"),
@@ -192,6 +195,7 @@ def test_it_is_asked_for_and_needs_hopper_and_float8(monkeypatch):
         ({"disable_quant": True}, "found --disable_quant"),
         ({"quant_granularity": "tensor"}, "found --quant_granularity tensor"),
         ({"persistent_tma": True}, "found --persistent_tma"),
+        ({"deferred_scales": True}, "found --deferred_scales"),
     ):
         verdict = checked(**flags)
         assert verdict.state == "refused" and found in verdict.reason

@@ -24,7 +24,7 @@ def checked(machine, **flags):
     return persistent_tma.check(SimpleNamespace(machine=machine, **(defaults | flags)))
 
 
-def test_it_is_asked_for_and_needs_hopper_and_a_compiler():
+def test_it_is_asked_for_and_needs_hopper_and_a_compiler(monkeypatch):
     assert make_args("--device", "cpu").plan["persistent_tma"].state == "off"
     assert checked(H200).settings == {"bias": "inside"}
     for machine in (
@@ -34,6 +34,10 @@ def test_it_is_asked_for_and_needs_hopper_and_a_compiler():
     ):
         verdict = checked(machine)
         assert verdict.state == "unavailable" and machine.short() in verdict.reason
+    for version, state in (("2.11.0+cu130", "refused"), ("2.13.0", "on")):
+        monkeypatch.setattr(torch, "__version__", version)
+        verdict = checked(H200, compile_export_mode="export_aoti")
+        assert verdict.state == state, verdict
     verdict = checked(H200, compile_export_mode="disabled")
     assert verdict.state == "refused" and "--compile_export_mode disabled" in verdict.reason
     with pytest.raises(UserError, match=r"--require persistent_tma: .*9\.0 or newer"):

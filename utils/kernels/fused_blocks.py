@@ -2,10 +2,11 @@
 
 Each is diffusers' block with another forward: `fused_kernels` changes the class of the blocks that
 are there, so that weights, their names and every other method stay. Between two products there is
-one kernel, except for the residual at a block's end, which has to be whole for whatever stands
-between the blocks (ControlNet, a step cache). `float8` says that torchao made all of a block's
-Linears float8 with one scale per row: their inputs are then quantised where they are computed, once
-for all that read them. What the attention gives to its own output Linears torchao quantises.
+one kernel; the residual at a block's end, which has to be whole for whatever stands between the
+blocks (ControlNet, a step cache), takes one more, unless step triton_float8 puts it into the
+product. `float8` says that torchao made all of a block's Linears float8 with one scale per row:
+their inputs are then quantised where they are computed, once for all that read them. What the
+attention gives to its own output Linears torchao quantises.
 """
 
 import torch
