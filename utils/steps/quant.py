@@ -8,9 +8,9 @@ and with every Linear. The
 single blocks' proj_out, 28 % of all the blocks' work, stays in. `--quant_granularity tensor
 --quant_filter all` is flux-fast's choice, for comparison.
 
-No blockwise scales (1x128, 128x128): emulated, their error is 0 to 10 % below one scale per row, and
-torchao multiplies them by a Triton kernel that its own authors measured slower than bf16 on an H100.
-Source: pytorch/ao pull request 2784.
+No blockwise scales (1x128, 128x128): emulated, their error is 0 to 10 % below one scale per row,
+and torchao multiplies them by a Triton kernel that takes half as long again as bf16 on an H100.
+Source: pytorch/ao pull request 2784 (the kernel's time, by its authors).
 """
 
 from utils.errors import UserError
