@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_args, optimized
+from conftest import make_args
 from test_fused_kernels import lines_of
 from test_quant import FEW, H200, arguments, cpu_float8, on_cuda  # noqa: F401 (a fixture)
 
@@ -167,20 +167,25 @@ def test_every_float8_product_is_bare_and_the_model_stays(cpu_float8):  # noqa: 
 
 
 @pytest.mark.slow
-def test_an_exported_run_is_that_of_the_modules(float8_on_cpu, monkeypatch, tmp_path):
-    from utils.pipeline_utils import generate
+def test_a_package_reads_the_live_weights_and_scales(cpu_float8, tmp_path):  # noqa: F811
+    from aoti_pieces import packaged
 
-    monkeypatch.setattr(deferred_scales, "lacking", lambda machine: "")
-    pipe, args = optimized(
-        *("--compile_export_mode", "export_aoti", "--cache-dir", str(tmp_path / "packages")),
-        "--deferred_scales",
-    )
-    assert args.plan["deferred_scales"].is_on
-    kinds = {type(m) for m in pipe.transformer.modules() if isinstance(m, torch.nn.Linear)}
-    assert LinearThenScales in kinds
-    found = generate(pipe, args, output_type="latent")
-    plain, others = optimized("--disable_quant")
-    assert relative_error(found, generate(plain, others, output_type="latent")) < 0.1
+    pair = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.GELU(), torch.nn.Linear(48, 64))
+    holder = torch.nn.Module()
+    holder.transformer_blocks = torch.nn.ModuleList([pair.bfloat16().requires_grad_(False)])
+    pipe = SimpleNamespace(transformer=holder)
+    quant.apply(pipe, arguments())
+    deferred_scales.apply(pipe, None)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    forward, package = packaged("pair", pair, {"input": x}, tmp_path)
+    assert relative_error(forward(input=x), expected := pair(x)) < 0.03  # fp32 between the layers
+    shapes = [shape for shape, *_ in package.constants.values()]
+    assert [48, 1] in shapes and [64, 1] in shapes  # scales are handed over, never folded
+    pair[2].weight.scale.mul_(2)
+    pair[2].bias.zero_()
+    changed = pair(x)
+    assert relative_error(changed, expected) > 0.5
+    assert relative_error(forward(input=x), changed) < 0.03
 
 
 @pytest.mark.slow
