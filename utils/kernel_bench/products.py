@@ -20,10 +20,11 @@ from utils.kernel_bench.trial import (
     compiled,
     relative_l2,
 )
+from utils.kernels import float8_product
 from utils.kernels.flash_attention import E4M3, E4M3_MAX, TINY
 from utils.kernels.modulate import quantize_rows
 from utils.random_weights import OUTLIER_SCALE, OUTLIERS
-from utils.steps import persistent_tma, quant
+from utils.steps import persistent_tma, quant, triton_float8
 
 BLOCK = 128  # of blockwise scales
 CHECKED_ROWS = 64
@@ -148,6 +149,12 @@ def then_bias(x, x_scale, w, w_scale, bias, one) -> torch.Tensor:
     return scaled(x, x_scale, w, w_scale, bias, one, with_bias=False) + bias
 
 
+def own(x, x_scale, w, w_scale, bias, one, tile=None) -> torch.Tensor:
+    """Multiply by the Triton kernel of step triton_float8, in its own choice of tile or another."""
+    run = float8_product.launch_float8_product
+    return run(x[None], x_scale[None], w, w_scale, bias, tile=tile)[0]
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to compute x w^T + bias.
@@ -160,6 +167,7 @@ class Variant:
     bound: float = EXACT
     has_bias: bool = True
     options: dict | None = None  # of Inductor: run is compiled, and on key shapes only
+    key_only: bool = False  # seconds of compilation a shape
     lacking: Callable = field(default=lambda machine: "")  # beside float8 itself
 
 
@@ -181,6 +189,12 @@ VARIANTS: dict[str, Variant] = {
     "row-inductor": Variant("row", scaled, FAST, options={}),
     "row-inductor-tma": Variant("row", then_bias, FAST, options=TMA),
     "deferred-inductor": Variant("row", deferred, FAST, options={}),
+    "triton": Variant("row", own, FAST, lacking=triton_float8.lacking),
+} | {
+    f"triton-{tile[0]}x{tile[1]}": Variant(
+        "row", partial(own, tile=tile), FAST, key_only=True, lacking=triton_float8.lacking
+    )
+    for tile in float8_product.TILES
 }  # fmt: skip
 
 
@@ -245,5 +259,5 @@ def cases(setting: Setting) -> list[Case]:
         )
         for shape in shapes(setting)
         for name, variant in VARIANTS.items()
-        if shape.is_key or variant.options is None
+        if shape.is_key or (variant.options is None and not variant.key_only)
     ]

@@ -149,9 +149,20 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def launch_float8_product(
-    x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None, programs=None
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    bias=None,
+    residual=None,
+    gate=None,
+    programs=None,
+    tile=None,
 ) -> torch.Tensor:
-    """Do what `float8_product` does, by its kernel, on so many programs (one a multiprocessor)."""
+    """Do what `float8_product` does, by its kernel.
+
+    By default on one program a multiprocessor, in tiles of choose_tile().
+    """
     if programs is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
         triton.set_allocator(_scratch)
@@ -160,7 +171,8 @@ def launch_float8_product(
     count = batch * tokens
     # Of a size that the compiler leaves open nothing may be asked
     known = isinstance(count, int)
-    height, width, warps, stages = choose_tile(count, columns, programs) if known else TILES[0]
+    tile = tile or (choose_tile(count, columns, programs) if known else TILES[0])
+    height, width, warps, stages = tile
     out = x.new_empty((batch, tokens, columns), dtype=torch.bfloat16)
     wrap_triton(float8_product_kernel)[(programs,)](
         x.contiguous(),
