@@ -41,6 +41,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "drop_text_padding",
     "fa3_dtype",
     "fused_kernels",
+    "fusion_limits",
     "fused_mlp",
     "gguf_file",
     "gguf_mode",

@@ -17,6 +17,7 @@ from utils.steps import (
     fused_kernels,
     fused_mlp,
     fused_projections,
+    fusion_limits,
     gguf,
     group_norm,
     image_encoder,
@@ -53,6 +54,7 @@ STEPS = (
     memory,  # moves the final weights to where they stay, or puts hooks on them
     device_images,  # follows the decoder; the calls below warm it up
     inductor_tuning_flags,  # read when the compiler runs
+    fusion_limits,  # the same
     text_encoders,  # warmed up by the calls of the two below
     image_encoder,  # one component more for the two below
     compile,  # freezes everything above ...

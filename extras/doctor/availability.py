@@ -26,6 +26,7 @@ ASK = {  # step that is off by default -> the arguments that turn it on
     "deferred_scales": {"deferred_scales": True} | COMPILED,
     "persistent_tma": {"persistent_tma": True} | COMPILED,
     "inductor_tuning_flags": COMPILED,
+    "fusion_limits": {"fusion_limits": True} | COMPILED,
     "text_encoders": {"compile_text_encoders": True} | COMPILED,
     "image_encoder": {"compile_image_encoder": True} | COMPILED,
     "compile": COMPILED,

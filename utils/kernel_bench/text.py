@@ -9,7 +9,7 @@ from functools import cache, partial
 import torch
 
 from utils.kernel_bench.trial import Case, Setting, Trial, compilation, relative_l2
-from utils.layers import total
+from utils.layers import Precision, total
 from utils.random_weights import configs_of, filled
 from utils.steps.text_encoders import blocks
 from utils.work import clip, t5
@@ -56,7 +56,7 @@ def make(setting: Setting, name: str, tokens: int, variant: str) -> Trial:
         for block in blocks(module):
             block.compile(**compilation(setting))
     config = configs_of(setting.checkpoint)[part]
-    work = layers(config, 1, "bf16") if name == "clip" else layers(config, 1, tokens, "bf16")
+    work = layers(config, 1, "bf16") if name == "clip" else layers(config, 1, tokens, Precision())
     return Trial(
         run=partial(embed, module),
         draw=partial(draw, setting, name, tokens),

@@ -23,6 +23,7 @@ from utils.steps import (
     Verdict,
     components,
     deferred_scales,
+    fusion_limits,
     inductor_tuning_flags,
     off,
     on,
@@ -122,6 +123,7 @@ def compiler_options(args) -> dict[str, bool | int]:
         **compiler_mode(args),
         **inductor_tuning_flags.options(args),
         **deferred_scales.options(args),
+        **fusion_limits.options(args),  # the wider ones
         **persistent_tma.options(args),
     }
 

@@ -9,7 +9,7 @@ Inductor has to put the longer expressions into their readers: with its own limi
 [attention, GELU(MLP)] of a single block in bf16 instead, 170 MB a block more than without this
 step. So two of them are raised: then it generates 20 kernels and 0.89 GB in a double block of Dev
 (27 and 1.45 without this step), 13 and 0.83 in a single one (14 and 0.94), by
-`python -m tests.deferred_scales_codegen`; nothing was run. Unmeasured, so off.
+`python -m tests.block_codegen`; nothing was run. Unmeasured, so off.
 
 After `quant`, whose weights it reads.
 """

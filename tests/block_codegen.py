@@ -1,11 +1,11 @@
-"""What Inductor writes for an H200 between a whole block's products, scales inside or behind them.
+"""What Inductor writes for an H200 between a whole block's products, by steps and limits.
 
-python -m tests.deferred_scales_codegen      prints one JSON line per block: kernels and bytes
+python -m tests.block_codegen      prints JSON lines: kernels and bytes of each kind of block
 
-A block of FLUX.1-dev's size, QKV fused, float8 by torchao, attention by our op, is exported as
-export_aoti does it, and lowered by tests/fused_kernel_codegen.py for a pretended device; bytes are
-counted as there. All places between two products are in it: Q, K and V to the attention's inputs,
-MLP up through GELU to MLP down, the attention's output through residual and norm to the MLP.
+A block of FLUX.1-dev's size, QKV fused, in bf16 or float8 by torchao, attention by our op, is
+exported as export_aoti does it, and lowered by tests/fused_kernel_codegen.py for a pretended
+device; bytes are counted as there. All places between two products are in it: Q, K and V to the
+attention's inputs, MLP up through GELU to MLP down, attention through residual and norm to the MLP.
 """
 
 import json
@@ -19,10 +19,11 @@ from diffusers.models.transformers.transformer_flux import (
 from tests.fused_kernel_codegen import ALL, IMG, TXT, C, D, H, count, generate, pretend_h200, tokens
 
 BLOCKS = {"double": FluxTransformerBlock, "single": FluxSingleTransformerBlock}
+PRODUCTS = ("bf16", "float8", "deferred")  # the last: float8 with step deferred_scales
 
 
-def exported(kind: str, deferred: bool):
-    """Export one float8 block, its shapes from FLUX.1-dev, its values none."""
+def exported(kind: str, products: str):
+    """Export one block with products of one kind, its shapes from FLUX.1-dev, its values none."""
     from types import SimpleNamespace
     from unittest import mock
 
@@ -37,14 +38,15 @@ def exported(kind: str, deferred: bool):
     for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
         if hasattr(block.attn, name):
             delattr(block.attn, name)
-    block.attn.set_processor(FlashFusedFluxAttnProcessor3_0(backend="fa3", fp8=True))
+    block.attn.set_processor(FlashFusedFluxAttnProcessor3_0(backend="fa3", fp8=products != "bf16"))
     transformer = torch.nn.Module()
     transformer.transformer_blocks = torch.nn.ModuleList([block.requires_grad_(False)])
     pipeline = SimpleNamespace(transformer=transformer)
     settings = on(granularity="row", filter="blocks")
-    with mock.patch.object(quant_api, "_check_hardware_support", lambda granularity: None):
-        quant.apply(pipeline, SimpleNamespace(plan={"quant": settings}))
-    if deferred:
+    if products != "bf16":
+        with mock.patch.object(quant_api, "_check_hardware_support", lambda granularity: None):
+            quant.apply(pipeline, SimpleNamespace(plan={"quant": settings}))
+    if products == "deferred":
         deferred_scales.apply(pipeline, None)
     inputs = {
         "hidden_states": torch.zeros(tokens(IMG, C)[0], dtype=torch.bfloat16),
@@ -71,25 +73,25 @@ def counted(program, limits: dict) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print what each block has by itself, with the step, and with the step but not its limits."""
+    """Print what each block has with each kind of product, under each step's limits."""
     from contextlib import redirect_stdout
     from io import StringIO
 
-    from utils.steps.deferred_scales import LIMITS
+    from utils.steps import deferred_scales, fusion_limits
 
+    limits = {"own": {}, "deferred": deferred_scales.LIMITS, "raised": fusion_limits.LIMITS}
     with redirect_stdout(StringIO()):
-        programs = {(k, deferred): exported(k, deferred) for k in BLOCKS for deferred in (0, 1)}
+        programs = {(kind, p): exported(kind, p) for kind in BLOCKS for p in PRODUCTS}
     torch.set_num_threads(1)
     pretend_h200()
     torch.utils._triton.has_triton.cache_clear()  # asked before there was a GPU
-    for kind in BLOCKS:
-        row = {"block": kind}
-        cases = {"inside": (0, {}), "behind": (1, LIMITS), "behind_without_limits": (1, {})}
-        cases["inside_with_limits"] = (0, LIMITS)
-        for case, (deferred, limits) in cases.items():
-            row[f"{case}_kernels"], size = counted(programs[kind, deferred], limits)
-            row[f"{case}_mb"] = round(size / 1e6)
-        print(json.dumps(row), flush=True)
+    for (kind, products), program in programs.items():
+        for name, values in limits.items():
+            if name == "deferred" and products == "bf16":
+                continue
+            kernels, size = counted(program, values)
+            row = {"block": kind, "products": products, "limits": name, "kernels": kernels}
+            print(json.dumps(row | {"mb": round(size / 1e6)}), flush=True)
 
 
 if __name__ == "__main__":

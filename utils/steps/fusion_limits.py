@@ -1,0 +1,52 @@
+"""Inductor's limits on what one kernel may read and compute, raised: fewer tensors are stored.
+
+Inductor writes an intermediate result to memory once its expression reads more than 4 tensors or
+holds more than 30 operations, although all of its readers could compute it again from what is in
+their registers anyway. FLUX.1's adaptive norms, rotary embeddings and row scales cross both limits
+in every block: `python -m tests.block_codegen` counts what is left with the raised ones in the code
+for an H200 (docs/performance.md). Nothing is quantised or reordered, so it is lossless; what an
+expression twice as long does to registers only a GPU can tell. Unmeasured there, so off.
+
+Read when the compiler runs, as the flags of `inductor_tuning_flags`.
+"""
+
+from utils.steps import Verdict, off, on, refused
+
+NAME = "fusion_limits"
+AFTER = ("inductor_tuning_flags",)
+
+LIMITS = {
+    "realize_reads_threshold": 16,  # tensors that an expression may read; Inductor's own: 4
+    "realize_opcount_threshold": 100,  # operations that it may hold; 30
+    "realize_acc_reads_threshold": 16,  # tensors that a chain of sums may read; 8
+}
+
+
+def add_flags(parser) -> None:
+    """Add the flag that turns the step on."""
+    parser.add_argument(
+        "--fusion_limits",
+        action="store_true",
+        help="let the compiler fuse longer expressions (lossless; unmeasured on a GPU, so off by "
+        "default)",
+    )
+
+
+def check(args) -> Verdict:
+    """Decide from the flags alone: without a compiler there is nothing to tell."""
+    if not args.fusion_limits:
+        return off("no --fusion_limits")
+    if args.compile_export_mode == "disabled":
+        return refused(
+            "--fusion_limits: found --compile_export_mode disabled, expected compile or export_aoti"
+        )
+    return on(**LIMITS)
+
+
+def options(args) -> dict[str, int]:
+    """Give the limits; compile and export pass them on, before there is a plan too."""
+    return LIMITS if check(args).is_on else {}
+
+
+def apply(pipeline, args) -> None:
+    """Change nothing here: compile and export_aoti call `options()`."""
