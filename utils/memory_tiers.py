@@ -69,7 +69,7 @@ def free_bytes(args) -> int:
     return psutil.virtual_memory().available
 
 
-def work_of(args, float8: bool) -> Work:
+def work_of(args, linear: str) -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
     image = args.pil_image
     prompts = len(args.prompt)
@@ -82,18 +82,19 @@ def work_of(args, float8: bool) -> Work:
         images=prompts * args.num_images_per_prompt,
         reference=None if image is None else (image.height, image.width),
     )
-    everything = "fp8" if float8 and args.quant_filter == "all" else ""
+    everything = linear if args.quant_filter == "all" else ""
     base = "fp32" if args.disable_bf16 else "bf16"
-    precision = Precision(base, linear="fp8" if float8 else "", other=everything)
+    precision = Precision(base, linear=linear, other=everything)
     return count(configs_of(args.checkpoint), call, precision)
 
 
-def estimate(args, tier: str, float8: bool, gguf_bytes: int | None = None) -> Estimate:
+def estimate(args, tier: str, linear: str = "", gguf_bytes: int | None = None) -> Estimate:
     """Estimate the peak on the device.
 
-    `float8`: the blocks' Linears are; `gguf_bytes`: the transformer's, where it stays compressed.
+    `linear`: the blocks' Linears, "" for the run's own dtype; `gguf_bytes`: the transformer's,
+    where it stays compressed.
     """
-    work = work_of(args, float8)
+    work = work_of(args, linear)
     configs, layers = configs_of(args.checkpoint), work.layers
     base = WIDTH["fp32" if args.disable_bf16 else "bf16"]
     transformer = gguf_bytes or sum(

@@ -42,7 +42,7 @@ def check(args) -> Verdict:
             "--persistent_tma: found --compile_export_mode disabled, expected compile or "
             "export_aoti (it is the compiler's choice of kernels)"
         )
-    return on(bias="after" if quant.check(args).is_on else "inside")
+    return on(bias="after" if quant.precision(quant.check(args)) == "fp8" else "inside")
 
 
 def options(args) -> dict[str, bool]:
