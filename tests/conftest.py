@@ -100,7 +100,7 @@ def float8_on_cpu(monkeypatch):
     from utils.steps import quant
 
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
-    monkeypatch.setattr(quant, "lacking", lambda machine: "")
+    monkeypatch.setattr(quant, "lacking", lambda machine, dtype="float8": "")
 
 
 @pytest.fixture

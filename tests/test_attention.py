@@ -158,7 +158,7 @@ def test_op_refuses_what_no_kernel_would_notice():
     q = make("random", (2, 9, 3, 64))
     x, scale = fa.quantize_heads(q)
     for arguments in (
-        (q, q, q, None, None, None, "fa4"),
+        (q, q, q, None, None, None, "fa9"),
         (q, q, q, scale, scale, scale),
         (x, x, x),
         (x, x, x, scale, scale, None),

@@ -12,6 +12,8 @@ from tests.test_attention import (
     run_fp8,
     truth,
 )
+from tests.test_int8_attention import INT8_TOLERANCE
+from utils.cudagraph import CUDAGraphWrapper
 from utils.hardware import detect
 from utils.kernels import flash_attention as fa
 from utils.steps import fa3
@@ -29,6 +31,10 @@ def on_gpu(backend: str, fp8: bool = False) -> None:
         pytest.skip(f"{backend}: needs {lacking}")
 
 
+def tolerance(backend: str) -> float:
+    return INT8_TOLERANCE if backend == "int8" else 2 * BF16_TOLERANCE  # P is rounded to bf16
+
+
 def qkv(shape, kind="random"):
     return [make(k, shape, i, device="cuda") for i, k in enumerate(("random", "random", kind))]
 
@@ -41,7 +47,7 @@ class TestBackendsOnGpu:
         q, k, v = qkv(shape, "outliers")
         out = fa.flash_attn_func(q, k, v, backend=backend)
         assert out.is_contiguous()
-        assert max(head_errors(out, truth(q, k, v))) < 2 * BF16_TOLERANCE  # P is rounded to bf16
+        assert max(head_errors(out, truth(q, k, v))) < tolerance(backend)
 
     def test_strided_inputs(self, backend, shape):
         on_gpu(backend)
@@ -49,7 +55,7 @@ class TestBackendsOnGpu:
         fused = make("random", (batch, tokens, 3 * heads * head_dim), device="cuda")
         q, k, v = (x.unflatten(-1, (heads, head_dim)) for x in fused.chunk(3, dim=-1))
         out = fa.flash_attn_func(q, k, v, backend=backend)
-        assert max(head_errors(out, truth(q, k, v))) < 2 * BF16_TOLERANCE
+        assert max(head_errors(out, truth(q, k, v))) < tolerance(backend)
 
     @pytest.mark.parametrize("fp8", [False, True])
     def test_replay_of_a_cuda_graph(self, backend, shape, fp8):
@@ -70,6 +76,38 @@ class TestBackendsOnGpu:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(captured, run(q, k, v, backend))
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, backend: str):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, q, k, v):
+        return 2 * fa.flash_attn_func(q, k, v * 2, backend=self.backend)
+
+
+@pytest.mark.parametrize("backend", fa3.BACKENDS)
+@pytest.mark.parametrize("mode", ["compile", "export_aoti"])
+def test_inside_of_compiled_code_and_a_cuda_graph(backend, mode, tmp_path):
+    """What compiles at its first call (FA4) does so in the wrapper's warm-up, for every shape."""
+    on_gpu(backend)
+    module = Attention(backend)
+    for shape in ((1, 77, 3, 128), (2, 1025, 24, 128)):
+        q, k, v = qkv(shape)
+        torch._dynamo.reset()
+        if mode == "compile":
+            run = torch.compile(module, fullgraph=True)
+        else:
+            program = torch.export.export(module, (q, k, v))
+            path = str(tmp_path / f"{shape[1]}.pt2")
+            torch._inductor.aoti_compile_and_package(program, package_path=path)
+            run = torch._inductor.aoti_load_package(path, run_single_threaded=True)
+        run = CUDAGraphWrapper(run, "attention")
+        for kind in ("random", "outliers"):  # recorded, then replayed
+            q, k, v = qkv(shape, kind)
+            assert max(head_errors(run(q, k, v) / 4, truth(q, k, v))) < tolerance(backend)
+        assert run.num_graphs == 1
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 1025, 24, 128)])

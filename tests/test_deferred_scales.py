@@ -23,6 +23,7 @@ def flags(machine=H200, **others):
         "swap_loras": False,
         "gguf_file": None,
         "quant_granularity": "row",
+        "quant_dtype": "float8",
         "quant_filter": "blocks",
         "fused_kernels": False,
         "dtype": torch.bfloat16,
@@ -50,6 +51,7 @@ def test_it_is_asked_for_and_needs_an_nvidia_gpu_with_float8():
     ("others", "says"),
     [
         ({"compile_export_mode": "disabled"}, "--compile_export_mode disabled, expected compile"),
+        ({"quant_dtype": "nvfp4"}, "found --quant_dtype nvfp4, expected float8"),
         ({"quant_granularity": "tensor"}, "found --quant_granularity tensor, expected row"),
         ({"fused_kernels": True}, "found --fused_kernels"),
         ({"disable_quant": True}, "no float8 products (--disable_quant)"),

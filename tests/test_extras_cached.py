@@ -57,6 +57,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "num_inference_steps",
     "persistent_tma",
     "prompt",
+    "quant_dtype",
     "quant_filter",
     "quant_granularity",
     "quant_text_encoder",

@@ -21,19 +21,32 @@ FOUND = {  # what torch reports: name, capability, memory, ROCm
     "NVIDIA B200": ((10, 0), 180, None),
     "NVIDIA GeForce RTX 5090": ((12, 0), 32, None),
     "Tesla T4": ((7, 5), 16, None),
+    "Tesla V100-SXM2-32GB": ((7, 0), 32, None),
     "AMD Instinct MI300X": ((9, 4), 192, "7.0.51831"),
 }
-EXPECTED = {  # attention, linear, mode, shapes
-    "NVIDIA H100 80GB HBM3": ("fa3, fp8", "e4m3fn", "export_aoti", "static first"),
-    "NVIDIA H200": ("fa3, fp8", "e4m3fn", "export_aoti", "static first"),
-    "NVIDIA L20": ("fa2, bf16", "e4m3fn", "export_aoti", "static first"),
-    "NVIDIA L40S": ("fa2, bf16", "e4m3fn", "export_aoti", "static first"),
-    "NVIDIA GeForce RTX 4090": ("fa2, bf16", "e4m3fn", "export_aoti", "static first"),
-    "NVIDIA A100-SXM4-80GB": ("fa2, bf16", "unavailable", "export_aoti", "static first"),
-    "NVIDIA B200": ("sdpa_cudnn, bf16", "e4m3fn", "export_aoti", "static first"),
-    "NVIDIA GeForce RTX 5090": ("sdpa_cudnn, bf16", "e4m3fn", "export_aoti", "static first"),
-    "Tesla T4": ("sdpa, bf16", "unavailable", "export_aoti", "static first"),
-    "AMD Instinct MI300X": ("aiter, bf16", "e4m3fnuz", "compile", "dynamic"),
+HOPPER = ("fa3, fp8", "fa4, fa2, int8", "e4m3fn", "-", "export_aoti", "static first")
+ADA = ("fa2, bf16", "int8", "e4m3fn", "-", "export_aoti", "static first")
+EXPECTED = {  # attention, others by name, linear, others by name, mode, shapes
+    "NVIDIA H100 80GB HBM3": HOPPER,
+    "NVIDIA H200": HOPPER,
+    "NVIDIA L20": ADA,
+    "NVIDIA L40S": ADA,
+    "NVIDIA GeForce RTX 4090": ADA,
+    "NVIDIA A100-SXM4-80GB": (
+        *("fa2, bf16", "int8", "unavailable", "-", "export_aoti", "static first"),
+    ),
+    "NVIDIA B200": (
+        *("fa4, bf16", "fa2, int8", "e4m3fn", "mxfp8, nvfp4", "export_aoti", "static first"),
+    ),
+    "NVIDIA GeForce RTX 5090": (
+        *("sdpa_cudnn, bf16", "fa4, fa2, int8", "e4m3fn", "mxfp8, nvfp4"),
+        *("export_aoti", "static first"),
+    ),
+    "Tesla T4": ("sdpa, bf16", "int8", "unavailable", "-", "export_aoti", "static first"),
+    "Tesla V100-SXM2-32GB": (
+        *("sdpa, bf16", "-", "unavailable", "-", "export_aoti", "static first"),
+    ),
+    "AMD Instinct MI300X": ("aiter, bf16", "fa2", "e4m3fnuz", "-", "compile", "dynamic"),
 }
 
 
@@ -70,7 +83,7 @@ def test_what_is_chosen_without_a_gpu(found):
     found(None)
     machine = detect()
     assert machine.device == "cpu" and machine.memory_gib > 0
-    expected = ("sdpa, bf16", "unavailable", "disabled", "static first")
+    expected = ("sdpa, bf16", "-", "unavailable", "-", "disabled", "static first")
     assert readme.choices(machine) == expected
     with pytest.raises(UserError, match="no CUDA device found"):
         detect("cuda")

@@ -112,7 +112,7 @@ def flux(as_machine):
 
 def test_every_tier_needs_less_than_the_one_before(flux):
     args = flux("--memory", "full", "--num_images_per_prompt", "2")
-    needed = [estimate(args, tier, float8=True).gib for tier in TIERS]
+    needed = [estimate(args, tier, "fp8").gib for tier in TIERS]
     assert needed == sorted(needed, reverse=True)
     assert len(set(needed)) == len(TIERS)
 
@@ -143,7 +143,7 @@ def test_files_of_fewer_bits_keep_small_gpus_resident(bits, gib, tier, flux):
     """Q8 on 12 to 24 GB, Q6, Q4 and Q3 on 8 to 12: at 1024x1024, from the types' sizes."""
     args = flux("--memory", "full", "--disable_quant")
     size = int(11_901_408_320 * bits / 8)
-    fits = [t for t in TIERS if estimate(args, t, False, size).gib <= gib * 0.98]
+    fits = [t for t in TIERS if estimate(args, t, "", size).gib <= gib * 0.98]
     assert tier in fits and "full" not in fits
 
 

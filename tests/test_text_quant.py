@@ -56,7 +56,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(flags, says):
 
 
 def test_a_missing_torchao_is_refused(monkeypatch):
-    monkeypatch.setattr(quant, "torchao_problem", lambda: "no module torchao")
+    monkeypatch.setattr(quant, "torchao_problem", lambda dtype="float8": "no module torchao")
     assert "pip install torchao" in checked(H200).reason
 
 
@@ -134,23 +134,21 @@ def test_tiers_move_float8_t5_and_change_no_bit(float8_on_cpu):
 
 def test_the_estimate_counts_the_weights_there_are(text_alone):
     pipeline, args, _ = text_alone
-    found = estimate(args, "full", float8=False, text_float8=True)
+    found = estimate(args, "full", text="fp8")
     assert found.weights / GIB == pytest.approx(weights_gib(pipeline), rel=0.01)
-    assert estimate(args, "full", float8=False).weights > found.weights
+    assert estimate(args, "full").weights > found.weights
 
 
 def test_float8_t5_is_half_and_all_of_flux_stays_on_24_gb(as_machine):
     as_machine(ADA)
     args = make_args(*FLUX, FLAG, "--memory", "full", "--device", "cuda")
-    without, with_it = (
-        estimate(args, "full", float8=True, text_float8=float8) for float8 in (False, True)
-    )
+    without, with_it = (estimate(args, "full", "fp8", text=text) for text in ("", "fp8"))
     assert args.memory_estimate == with_it
     saved = (without.weights - with_it.weights) / GIB
     linears = T5_XXL["num_layers"] * (4 * 4096**2 + 3 * 4096 * 10240)
     assert saved == pytest.approx(linears / GIB, rel=1e-6)  # one byte of each
     assert with_it.gib < 24 * 10**9 / GIB * 0.98 < without.gib
-    needed = [estimate(args, tier, float8=True, text_float8=True).gib for tier in TIERS]
+    needed = [estimate(args, tier, "fp8", text="fp8").gib for tier in TIERS]
     assert needed == sorted(needed, reverse=True)
 
 
@@ -193,7 +191,8 @@ def test_two_layers_of_full_width(float8_on_cpu, outliers, least, most):
             parameter[7] *= 30
     ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(1))
     expected = model(ids)[0]
-    text_quant.apply(SimpleNamespace(text_encoder_2=model), None)
+    args = SimpleNamespace(plan={"text_quant": on(granularity="row")})
+    text_quant.apply(SimpleNamespace(text_encoder_2=model), args)
     assert least < relative_error(model(ids)[0], expected) < most
 
 

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit", "fa3-fwd")
+PACKAGES = (
+    *("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit"),
+    *("fa3-fwd", "flash-attn-4", "comfy-kitchen"),
+)
 
 
 def versions() -> dict[str, str]:

@@ -115,9 +115,13 @@ def _settle(args, machine: Machine):
         )
     if attention.state == "refused":
         raise UserError(attention.reason)
-    float8 = not (args.disable_quant or args.disable_bf16 or quant.lacking(machine))
-    linear = on(filter=args.quant_filter) if float8 else off("no float8")
-    text = on() if float8 and args.quant_text_encoder else off("no float8")
+    off_by_flag = args.disable_quant or args.disable_bf16
+    linear = on(filter=args.quant_filter, dtype=args.quant_dtype)
+    if off_by_flag or quant.lacking(machine, args.quant_dtype):
+        linear = off(f"no {args.quant_dtype}")
+    text = on() if args.quant_text_encoder else off("no --quant_text_encoder")
+    if off_by_flag or quant.lacking(machine):
+        text = off("no float8")
     args.plan = {"fa3": attention, "quant": linear, "text_quant": text}
     return args
 
@@ -139,14 +143,18 @@ def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
         "all other linear layers": precision.other,
         "T5's linear layers": precision.text,
     }
-    float8 = ", ".join(name for name, dtype in fast.items() if dtype)
+    names = {dtype: [n for n, d in fast.items() if d == dtype] for dtype in fast.values() if dtype}
+    fewer = "".join(
+        f"; {'float8' if dtype == 'fp8' else dtype}: {', '.join(who)}"
+        for dtype, who in names.items()
+    )
     return "\n".join(
         [
             f"checkpoint  {args.ckpt}, {args.checkpoint.kind}",
             f"call        {call.width}x{call.height}, {call.images} image(s), {call.steps} "
             f"evaluations{', each twice: true CFG' if call.true_cfg else ''}",
             f"tokens      {tokens} image, {call.text_tokens} text",
-            f"precision   {precision.base}" + (f"; float8: {float8}" if float8 else ""),
+            f"precision   {precision.base}{fewer}",
             f"machine     {peaks.machine} ({why})",
             f"rates       {rates} TFLOP/s, {peaks.tb_per_s:.3g} TB/s: {peaks.source}",
             f"            bound by memory below {ridges} FLOP per byte",

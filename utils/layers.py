@@ -14,7 +14,8 @@ T5's position bias (the same in every block, they can stay in a cache), schedule
 
 from dataclasses import dataclass, replace
 
-WIDTH = {"fp32": 4, "bf16": 2, "fp8": 1}  # bytes
+# Bytes of a number; the last two with their share of a block's scale
+WIDTH = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Precision:
-    """What runs in which dtype ("fp32", "bf16", "fp8"); an empty one is `base`."""
+    """What runs in which dtype (a key of WIDTH); an empty one is `base`."""
 
     base: str = "bf16"
     linear: str = ""  # the transformer blocks' linear layers
@@ -76,7 +77,7 @@ def linear(
         "linear",
         f"{rows} x {inputs} -> {outputs}",
         flop=2 * rows * weights,
-        bytes=WIDTH[dtype] * (weights + rows * inputs) + WIDTH[base] * (rows + bias) * outputs,
+        bytes=int(WIDTH[dtype] * (weights + rows * inputs)) + WIDTH[base] * (rows + bias) * outputs,
         dtype=dtype,
         parameters=weights + bias * outputs,
     )
@@ -131,7 +132,8 @@ def elementwise(
 ) -> Layer:
     """Count a pass that reads and writes so many channels a row; `to` is the next layer's dtype."""
     moved = rows * (read * WIDTH[base] + write * WIDTH[to or base]) + parameters * WIDTH[base]
-    return Layer(name, "elementwise", f"{rows} x {read} -> {write}", 0, moved, base, parameters)
+    shape = f"{rows} x {read} -> {write}"
+    return Layer(name, "elementwise", shape, 0, int(moved), base, parameters)
 
 
 def lookup(name: str, rows: int, channels: int, vocabulary: int, base: str) -> Layer:

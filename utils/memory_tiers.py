@@ -69,7 +69,7 @@ def free_bytes(args) -> int:
     return psutil.virtual_memory().available
 
 
-def work_of(args, float8: bool, text_float8: bool = False) -> Work:
+def work_of(args, linear: str, text: str = "") -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
     image = args.pil_image
     prompts = len(args.prompt)
@@ -82,26 +82,21 @@ def work_of(args, float8: bool, text_float8: bool = False) -> Work:
         images=prompts * args.num_images_per_prompt,
         reference=None if image is None else (image.height, image.width),
     )
-    everything = "fp8" if float8 and args.quant_filter == "all" else ""
+    everything = linear if args.quant_filter == "all" else ""
     base = "fp32" if args.disable_bf16 else "bf16"
-    precision = Precision(
-        base,
-        linear="fp8" if float8 else "",
-        other=everything,
-        text="fp8" if text_float8 else "",
-    )
+    precision = Precision(base, linear=linear, other=everything, text=text)
     return count(configs_of(args.checkpoint), call, precision)
 
 
 def estimate(
-    args, tier: str, float8: bool, gguf_bytes: int | None = None, text_float8: bool = False
+    args, tier: str, linear: str = "", gguf_bytes: int | None = None, text: str = ""
 ) -> Estimate:
     """Estimate the peak on the device.
 
-    `float8`: the blocks' Linears are; `gguf_bytes`: the transformer's, where it stays compressed;
-    `text_float8`: T5's Linears are.
+    `linear`: the blocks' Linears, "" for the run's own dtype; `gguf_bytes`: the transformer's,
+    where it stays compressed; `text`: T5's Linears, as `linear`.
     """
-    work = work_of(args, float8, text_float8)
+    work = work_of(args, linear, text)
     configs, layers = configs_of(args.checkpoint), work.layers
     base = WIDTH["fp32" if args.disable_bf16 else "bf16"]
     transformer = gguf_bytes or _bytes(layers["transformer"])

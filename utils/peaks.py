@@ -21,7 +21,7 @@ class Peaks:
     """Rates of one machine. Units: TFLOP/s of dense products, TB/s (1e12)."""
 
     machine: str
-    tflop_per_s: dict[str, float]  # by dtype: "fp32", "bf16", "fp8"; what it lacks is absent
+    tflop_per_s: dict[str, float]  # by dtype (a key of layers.WIDTH); what it lacks is absent
     tb_per_s: float
     source: str
 
@@ -41,9 +41,15 @@ class Card:
 
 
 def _card(
-    machine: Machine, pattern: str, bf16: float, fp8: float | None, tb_per_s: float, source: str
+    machine: Machine,
+    pattern: str,
+    bf16: float,
+    fp8: float | None,
+    tb_per_s: float,
+    source: str,
+    **others: float,
 ) -> Card:
-    rates = {"bf16": bf16} | ({"fp8": fp8} if fp8 else {})
+    rates = {"bf16": bf16} | ({"fp8": fp8} if fp8 else {}) | others
     return Card(machine, pattern, Peaks(machine.name, rates, tb_per_s, source))
 
 
@@ -60,6 +66,7 @@ CARDS = {
         1979,
         4.8,
         "NVIDIA H200 data sheet, SXM (1,979 and 3,958 with sparsity)",
+        int8=1979,
     ),
     "H100": _card(
         _nvidia("H100 80GB HBM3", 9, 0),
@@ -68,6 +75,7 @@ CARDS = {
         1979,
         3.35,
         "NVIDIA H100 data sheet, SXM (1,979 and 3,958 with sparsity)",
+        int8=1979,
     ),
     "A100": _card(
         _nvidia("A100-SXM4-80GB", 8, 0),
@@ -76,6 +84,7 @@ CARDS = {
         None,
         2.039,
         "NVIDIA A100 data sheet, SXM 80 GB",
+        int8=624,
     ),
     "L20": _card(
         _nvidia("L20", 8, 9),
@@ -84,9 +93,16 @@ CARDS = {
         239,
         0.864,
         "no public NVIDIA data sheet; vendors' specification of the L20 (PCIe, 48 GB)",
+        int8=239,
     ),
     "L40S": _card(
-        _nvidia("L40S", 8, 9), "NVIDIA L40S", 362.05, 733, 0.864, "NVIDIA L40S data sheet"
+        _nvidia("L40S", 8, 9),
+        "NVIDIA L40S",
+        362.05,
+        733,
+        0.864,
+        "NVIDIA L40S data sheet",
+        int8=733,
     ),
     "RTX 4090": _card(
         _nvidia("GeForce RTX 4090", 8, 9),
@@ -95,6 +111,7 @@ CARDS = {
         330.3,
         1.008,
         "NVIDIA Ada GPU architecture white paper, appendix A (FP32 accumulation)",
+        int8=660.6,
     ),
     "B200": _card(
         _nvidia("B200", 10, 0),
@@ -102,7 +119,10 @@ CARDS = {
         2250,
         4500,
         8.0,
-        "NVIDIA HGX B200 data sheet, one of 8 GPUs (4.5 and 9 PFLOP/s with sparsity)",
+        "NVIDIA HGX B200 data sheet, one of 8 GPUs (4.5, 9 and 18 PFLOP/s with sparsity)",
+        int8=4500,
+        mxfp8=4500,
+        nvfp4=9000,
     ),
     "MI300X": _card(
         Machine("cuda", "AMD Instinct MI300X", (9, 4), hip="7.0"),
@@ -111,6 +131,7 @@ CARDS = {
         2614.9,
         5.3,
         "AMD Instinct MI300X data sheet",
+        int8=2614.9,
     ),
 }
 

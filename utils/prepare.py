@@ -167,7 +167,7 @@ def _fill_in(args) -> None:
 
 def _settle_mode(args) -> None:
     """Choose the memory tier, and with it the default of the compile mode."""
-    from utils.steps import compile, gguf, memory
+    from utils.steps import compile, gguf, memory, quant
 
     memory.settle(args)
     args.mode_reason = ""
@@ -176,6 +176,9 @@ def _settle_mode(args) -> None:
         mode = mode or compile.default_mode(args.machine, bool(args.cache_dit_config))
         if mode[0] == "export_aoti" and gguf.is_compressed(args):
             mode = "compile", "the default with a compressed GGUF, which cannot be exported"
+        if mode[0] == "export_aoti" and quant.precision(quant.check(args)) in quant.BLOCK_FORMATS:
+            why = f"the default with --quant_dtype {args.quant_dtype}, which cannot be exported"
+            mode = "compile", why
         args.compile_export_mode, args.mode_reason = mode
 
 

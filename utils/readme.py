@@ -22,7 +22,8 @@ MACHINES = {  # what `hardware.detect` finds there; tests go through it
     "A100": Machine("cuda", "NVIDIA A100-SXM4-80GB", (8, 0)),
     "B200": Machine("cuda", "NVIDIA B200", (10, 0)),
     "RTX 5090": Machine("cuda", "NVIDIA GeForce RTX 5090", (12, 0)),
-    "V100, T4": Machine("cuda", "Tesla T4", (7, 5)),
+    "T4": Machine("cuda", "Tesla T4", (7, 5)),
+    "V100": Machine("cuda", "Tesla V100-SXM2-32GB", (7, 0)),
     "MI300X": Machine("cuda", "AMD Instinct MI300X", (9, 4), hip="7.0"),
     "CPU": Machine("cpu", "any"),
 }
@@ -54,25 +55,38 @@ class _Recorder:
 
 
 def choices(machine: Machine) -> tuple[str, ...]:
-    """Tell what the steps choose on a machine when every package is installed there."""
+    """Tell what the steps choose on a machine when every package is installed there.
+
+    Returns: attention, which other packages' kernels may be named, linear layers, which other
+    numbers may be named, compile mode, shapes.
+    """
     import torch
 
     from utils.steps import compile, fa3, quant
 
     attention = fa3.choose(machine, torch.bfloat16, probe=lambda backend, fp8: (backend, ""))
+    backend = attention.settings["backend"]
+    named = [
+        name
+        for name in fa3.INSTALL
+        if name != backend and not fa3._expected(machine, name, fp32=False)
+    ]
     args = Namespace(
         machine=machine,
         dtype=torch.bfloat16,
         disable_quant=False,
         gguf_file=None,
         swap_loras=False,
+        quant_dtype="float8",
         quant_granularity="row",
         quant_filter="blocks",
     )
     float8 = quant.check(args)
     return (
-        f"{attention.settings['backend']}, {attention.settings['dtype']}",
+        f"{backend}, {attention.settings['dtype']}",
+        ", ".join(named) or "-",
         float8.settings["dtype"] if float8.is_on else "unavailable",
+        ", ".join(name for name in quant.BLOCK_FORMATS if not quant.lacking(machine, name)) or "-",
         compile.default_mode(machine, step_cache=False)[0],
         "dynamic" if compile.dynamic(machine) else "static first",
     )
@@ -80,7 +94,10 @@ def choices(machine: Machine) -> tuple[str, ...]:
 
 def hardware() -> str:
     """List what is chosen on each kind of machine."""
-    header = ("machine", "attention (`fa3`)", "linear (`quant`)", "default mode", "compiled shapes")
+    header = (
+        *("machine", "attention (`fa3`)", "`--attention_backend`", "linear (`quant`)"),
+        *("`--quant_dtype`", "default mode", "compiled shapes"),
+    )
     return table(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
 
 

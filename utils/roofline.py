@@ -110,12 +110,15 @@ def _row(parts: list[tuple[int, list]], peaks: Peaks | None, seconds: float | No
 
 def precision_of(args) -> Precision:
     """Tell from the plan what runs in which dtype."""
+    from utils.steps.quant import precision
+
     quant, fa3, text = (args.plan[name] for name in ("quant", "fa3", "text_quant"))
-    linear = "fp8" if quant.is_on else ""
+    linear = precision(quant)
+    attention = fa3.settings["dtype"] if fa3.is_on else ""
     return Precision(
         base="fp32" if str(args.dtype) == "torch.float32" else "bf16",
         linear=linear,
-        attention="fp8" if fa3.is_on and fa3.settings["dtype"] == "fp8" else "",
+        attention=attention if attention in ("fp8", "int8") else "",
         other=linear if quant.is_on and quant.settings["filter"] == "all" else "",
         text="fp8" if text.is_on else "",
     )

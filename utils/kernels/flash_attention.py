@@ -1,11 +1,12 @@
 """Attention as one opaque op, `flash::flash_attn_func`, and the fp8 quantiser in front of it.
 
-Every kernel library (FlashAttention-3, FlashAttention-2, AITER, torch's own) is called inside one
-custom op with a fake kernel and a CPU kernel. So the same graph traces on any machine through
-torch.compile(fullgraph=True), torch.export and AOTI, although FA3's extension has no fake kernel
-and its Python wrapper makes CUDA tensors in its own. The price: Inductor sees nothing of the
-inside and fuses nothing into it. That is why the quantiser stays outside, in plain torch ops
-that Inductor can fuse with what comes before: on a CPU into one kernel, on a GPU into several.
+Every kernel library (FlashAttention-2, -3 and -4, AITER, comfy-kitchen's int8, torch's own) is
+called inside one custom op with a fake kernel and a CPU kernel. So the same graph traces on any
+machine through torch.compile(fullgraph=True), torch.export and AOTI, although FA3's extension has
+no fake kernel, its Python wrapper makes CUDA tensors in its own, and FA4 is Python that compiles a
+kernel at its first call. The price: Inductor sees nothing of the inside and fuses nothing into it.
+That is why the float8 quantiser stays outside, in plain torch ops that Inductor can fuse with what
+comes before: on a CPU into one kernel, on a GPU into several. int8 quantises inside its kernel.
 
 Layout: (batch, tokens, heads, head_dim) everywhere, any strides with a dense last dimension.
 Backward: none. Inference only; calling backward() through the op raises.
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
+from utils.kernels.int8_attention import int8_attention
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max  # 448
 # Smallest descale: still a normal fp32 number, with a finite reciprocal, on GPUs that flush
@@ -36,8 +39,10 @@ PINNED = {
 }
 PACKAGES = {  # import names: distribution names lie (PyPI's flash-attn-3 is empty)
     "fa3": ("fa3_fwd_interface", "flash_attn_interface"),
+    "fa4": ("flash_attn.cute",),
     "fa2": ("flash_attn",),
     "aiter": ("aiter",),
+    "int8": ("comfy_kitchen",),
 }
 BACKENDS = (*PACKAGES, *PINNED, "sdpa")  # "sdpa" is torch's own choice
 
@@ -114,6 +119,8 @@ def flash_attn_func(
 ) -> torch.Tensor:
     """Attend with the named backend; this body is the CPU kernel and takes any backend's name.
 
+    It is exact for all that are but rounding, and int8's twin for int8, whose error is its own.
+
     Shapes: q (B, Sq, H, D), k, v (B, Sk, H, D): bf16, fp16, fp32, or float8_e4m3fn together with
         fp32 descales (B, H) -> (B, Sq, H, D) contiguous, bf16 for float8, else the inputs' dtype.
     Raises: ValueError on shapes, dtypes or descales that do not belong together.
@@ -123,7 +130,7 @@ def flash_attn_func(
         k = dequantize_heads(k, k_descale)
         v = dequantize_heads(v, v_descale)
         return _sdpa(q, k, v).to(torch.bfloat16).contiguous()
-    return _sdpa(q, k, v).contiguous()
+    return (int8_attention if backend == "int8" else _sdpa)(q, k, v).contiguous()
 
 
 @flash_attn_func.register_fake
@@ -164,7 +171,7 @@ def _import(name: str):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name == name:
+        if f"{name}.".startswith(f"{error.name}."):  # or the package around it
             raise BackendError(f"no module {name}") from error
         raise BackendError(f"{name} is installed but broken: {error}") from error
     except Exception as error:  # a wheel for another CUDA or torch fails in many ways
@@ -201,6 +208,19 @@ def _function(name: str, module) -> Kernel:
     return Kernel(name, takes_fp8, call)
 
 
+def _comfy_kitchen(module) -> Kernel:
+    if not module.int8_attention_is_available():  # its extension is not loaded, or not for this GPU
+        raise BackendError("comfy_kitchen has no int8 kernel for this GPU, CUDA or Python")
+
+    def call(q, k, v, *_):  # its layout is (B, H, S, D), any strides
+        return module.int8_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    return Kernel("comfy_kitchen", False, call)
+
+
+SPECIAL = {"fa3_fwd_interface": _fa3_fwd, "comfy_kitchen": _comfy_kitchen}
+
+
 def find(backend: str) -> Kernel:
     """Import the package behind a backend and look at what its function takes.
 
@@ -211,7 +231,7 @@ def find(backend: str) -> Kernel:
     for name in PACKAGES[backend]:
         try:
             module = _import(name)
-            return _fa3_fwd(module) if name == "fa3_fwd_interface" else _function(name, module)
+            return SPECIAL[name](module) if name in SPECIAL else _function(name, module)
         except (BackendError, AttributeError) as error:
             found.append(str(error))
     raise BackendError("; ".join(found))

@@ -54,11 +54,12 @@ def check(args) -> Verdict:
             "--deferred_scales: found --compile_export_mode disabled, expected compile or "
             "export_aoti (it is the compiler that fuses the scales)"
         )
-    if args.quant_granularity != "row":
-        return refused(
-            f"--deferred_scales: found --quant_granularity {args.quant_granularity}, expected row "
-            "(one scale per tensor is cheap where it is); leave out one of the two"
-        )
+    for flag, expected in (("granularity", "row"), ("dtype", "float8")):
+        if (found := getattr(args, f"quant_{flag}")) != expected:
+            return refused(
+                f"--deferred_scales: found --quant_{flag} {found}, expected {expected} (other "
+                "scales cost nothing, or cannot leave the product); leave out one of the two"
+            )
     if args.fused_kernels:
         return refused(
             "--deferred_scales: found --fused_kernels, whose kernels the scales cannot be fused "

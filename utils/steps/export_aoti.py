@@ -92,6 +92,11 @@ def check(args) -> Verdict:
             "--compile_export_mode export_aoti: torch.export drops the types of a GGUF's bytes; "
             "use --gguf_mode dequantize or --compile_export_mode compile"
         )
+    if (kind := quant.precision(quant.check(args))) in quant.BLOCK_FORMATS:
+        return refused(
+            f"--compile_export_mode export_aoti: found --quant_dtype {kind}, whose number types "
+            "torch 2.11's packages do not know; use --compile_export_mode compile"
+        )
     by_tensor = args.compile_scope == "blocks" and args.quant_granularity == "tensor"
     if by_tensor and quant.check(args).is_on:
         return refused(

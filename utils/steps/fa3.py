@@ -3,6 +3,12 @@
 After the projections are fused (it calls fused and separate ones alike), before anything that
 traces. On Hopper FlashAttention-3, in float8 with one scale per batch and head unless quantisation
 is off: a run that calls itself lossless is lossless. The whole table is `choose()`.
+
+By name only: `int8` (comfy-kitchen, sm75 or newer), whose Q, K, V and P are 8-bit integers. Its
+twin (utils/kernels/int8_attention.py) errs by 0.01 to 0.02 where float8 errs by 0.04 to 0.05,
+outliers included. Of the int8 kernels it is the better kept: SageAttention's package on PyPI
+stopped at 1.0.6 in 2024, keeps V in fp16 and writes into the keys that it is given. Also by name
+only: `fa4` on Hopper, in bf16.
 """
 
 from collections.abc import Callable
@@ -13,11 +19,21 @@ from utils.steps import Verdict, off, refused
 NAME = "fa3"
 AFTER = ("fused_projections",)
 
-BACKENDS = ("fa3", "fa2", "aiter", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient")
+BACKENDS = (
+    *("fa3", "fa4", "fa2", "aiter", "int8"),
+    *("sdpa_cudnn", "sdpa_flash", "sdpa_efficient"),
+)
 INSTALL = {
     "fa3": "pip install fa3-fwd==0.0.3 (CUDA 13; 0.0.2 for CUDA 12)",
+    "fa4": 'pip install --pre "flash-attn-4[cu13]"',
     "fa2": "pip install flash-attn --no-build-isolation",
     "aiter": "pip install amd-aiter",
+    "int8": "pip install comfy-kitchen",
+}
+# Where torch has as good a kernel of its own, a missing package stops nothing
+TORCH_HAS = {
+    "fa2": ("sdpa_flash", "torch's FlashAttention-2"),
+    "fa4": ("sdpa_cudnn", "torch's cuDNN attention"),
 }
 
 
@@ -62,6 +78,10 @@ def _expected(machine: Machine, backend: str, fp32: bool) -> str:
         return "a GPU"
     if backend == "fa3" and not machine.is_hopper:
         return "a Hopper GPU (sm90)"
+    if backend == "fa4" and not (machine.is_cuda and major >= 9):
+        return "a Hopper or Blackwell GPU (sm90 or newer)"
+    if backend == "int8" and not (machine.is_cuda and machine.capability >= (7, 5)):
+        return "an NVIDIA GPU of sm75 or newer"
     if backend == "aiter" and not _is_cdna3(machine):
         return "an AMD GPU of gfx94x or gfx95x"
     if backend == "sdpa_cudnn" and not ampere:
@@ -95,7 +115,9 @@ def _best(machine: Machine, fp32: bool) -> tuple[str, str]:
         return "fa3", ""
     if major == 8:
         return "fa2", ""
-    if major >= 10:
+    if major in (10, 11):
+        return "fa4", ""
+    if major >= 12:  # FA4 runs there, by the instructions of sm80
         return "sdpa_cudnn", ""
     return "sdpa", "torch's own choice: no fused kernel takes bf16 below sm80"
 
@@ -134,9 +156,9 @@ def choose(
     fp8 = name == "fa3" and (fa3_dtype or ("bf16" if quant_disabled else "fp8")) == "fp8"
 
     package, problem = probe(name, fp8)
-    if problem and name == "fa2" and backend == "auto":
-        # torch carries FlashAttention-2 itself: same algorithm, so nothing to stop for
-        name, why, package = "sdpa_flash", f"torch's FlashAttention-2: found {problem}", "torch"
+    if problem and name in TORCH_HAS and backend == "auto":
+        name, instead = TORCH_HAS[name]
+        why, package = f"{instead}: found {problem}", "torch"
     elif problem:
         also = ", --fa3_dtype bf16" if fp8 and package else ""
         wanted = "flash_attn_func with q_descale" if fp8 and package else "a working package"
@@ -144,11 +166,11 @@ def choose(
             f"attention {name}: found {problem}; expected {wanted} on {machine.short()}: "
             f"{INSTALL[name]}{also}, or --disable_fa3"
         )
-    precision = "fp8" if fp8 else str(dtype).replace("torch.", "").replace("bfloat16", "bf16")
-    settings = {"backend": name, "dtype": precision.replace("float32", "fp32"), "package": package}
+    precision = "fp8" if fp8 else "int8" if name == "int8" else "fp32" if fp32 else "bf16"
+    settings = {"backend": name, "dtype": precision, "package": package}
     if why:
         settings["why"] = why
-    return Verdict("on", lossless=not fp8, settings=settings)
+    return Verdict("on", lossless=precision in ("bf16", "fp32"), settings=settings)
 
 
 def check(args) -> Verdict:

@@ -59,7 +59,7 @@ def check(args) -> Verdict:
             f"--fused_kernels: found {problem}; expected the triton that belongs to torch: "
             "pip install triton, or leave out --fused_kernels"
         )
-    return on(float8=args.quant_granularity == "row" and quant.check(args).is_on)
+    return on(float8=quant.check(args).settings.get("granularity") == "row")
 
 
 def apply(pipeline, args) -> None:

@@ -65,9 +65,9 @@ def settle(args) -> None:
     compressed = None
     if gguf.is_compressed(args) and gguf.check(args).is_on:
         compressed = read_header(gguf.local_file(args.gguf_file)).bytes
-    float8 = not compressed and quant.check(args).is_on
-    text = text_quant.check(args).is_on
-    found = {tier: estimate(args, tier, float8, compressed, text) for tier in TIERS}
+    linear = "" if compressed else quant.precision(quant.check(args))
+    text = quant.precision(text_quant.check(args))
+    found = {tier: estimate(args, tier, linear, compressed, text) for tier in TIERS}
     free = parse_size(args.memory) or free_bytes(args)
     args.tier = args.memory if args.memory in TIERS else "full"
     if args.memory not in TIERS and not getattr(args, "peer", None):
@@ -86,7 +86,7 @@ def settle(args) -> None:
             )
     args.memory_estimate = found[args.tier]
     # Unquantised weights are on the device at once while it is quantised there
-    loading = estimate(args, "full", False, compressed).gib * 2**30
+    loading = estimate(args, "full", "", compressed).gib * 2**30
     named = args.memory == "full" or getattr(args, "peer", None)
     resident = args.tier == "full" and (named or loading <= free)
     args.load_device = args.device if resident else "cpu"
@@ -121,6 +121,8 @@ def _conflict(args) -> str:
         )
     if tier in OFFLOADED and args.fused_kernels:
         return "--fused_kernels is not tried with weights that move; leave it out"
+    if tier in OFFLOADED and quant.precision(quant.check(args)) in quant.BLOCK_FORMATS:
+        return f"--quant_dtype {args.quant_dtype} is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.swap_loras:
         return "--swap_loras is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.cache_dit_config:

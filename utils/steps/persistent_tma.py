@@ -44,7 +44,7 @@ def check(args) -> Verdict:
         )
     if problem := package_problem(args):
         return refused(f"--persistent_tma: {problem}")
-    return on(bias="after" if quant.check(args).is_on else "inside")
+    return on(bias="after" if quant.precision(quant.check(args)) == "fp8" else "inside")
 
 
 def package_problem(args) -> str:

@@ -50,8 +50,8 @@ def apply(pipeline, args) -> str:
     """
     import torch
 
-    encoder = pipeline.text_encoder_2.encoder
-    chosen, left_out = quant.fitting(encoder, "row", lambda name: True)
+    settings, encoder = args.plan[NAME].settings, pipeline.text_encoder_2.encoder
+    chosen, left_out = quant.fitting(encoder, settings["granularity"], lambda name: True)
     for name in [*chosen]:  # transformers keeps an MLP's wo in fp32 where it loads T5 in fp16
         dtype = encoder.get_submodule(name).weight.dtype
         if dtype != torch.bfloat16:
@@ -61,5 +61,5 @@ def apply(pipeline, args) -> str:
         raise UserError(
             f"--quant_text_encoder: no layer of T5 can be float8: {left_out}; leave it out"
         )
-    quant.cast(encoder, chosen, "row")
-    return quant.report(f"text_quant: {len(chosen)} Linears of T5", "row", left_out)
+    quant.cast(encoder, chosen, settings)
+    return quant.report(f"text_quant: {len(chosen)} Linears of T5", settings, left_out)
