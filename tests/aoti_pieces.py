@@ -81,7 +81,6 @@ def make_args(cache_dir, **changes):
         compile_export_mode="export_aoti",
         compile_scope="full",
         quant_granularity="row",
-        quant_dtype="float8",
         gguf_file=None,
         disable_inductor_tuning_flags=False,
         height=PIXELS,

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ from test_cli import ROOT, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.peak_tensors import PeakTensors
-from utils import card, memory_tiers, quality
+from utils import card, memory_tiers, quality, row
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.memory_tiers import GIB, TIERS, estimate, parse_size
 from utils.pipeline_utils import generate
 from utils.random_weights import TRANSFORMER, VAE
+from utils.reference import check_room
 from utils.steps.memory import out_of_memory_explained
 
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", (9, 0), memory_gib=78.0)  # what is free of 79.2
 ADA = Machine("cuda", "RTX 6000 Ada", (8, 9), memory_gib=48.0)
 FLUX = ("--ckpt", "black-forest-labs/FLUX.1-dev", "--random_weights", "--disable_fa3")
 SMALL = ("--height", "64", "--width", "64")  # one tile
@@ -145,6 +148,40 @@ def test_files_of_fewer_bits_keep_small_gpus_resident(bits, gib, tier, flux):
     size = int(11_901_408_320 * bits / 8)
     fits = [t for t in TIERS if estimate(args, t, "", size).gib <= gib * 0.98]
     assert tier in fits and "full" not in fits
+
+
+@pytest.mark.parametrize("kind", ["schnell", "dev", "Kontext-dev"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--disable_quant", "--compile_export_mode", "disabled"),
+        ("--num_images_per_prompt", "4"),
+        ("--disable_quant", "--num_images_per_prompt", "4"),
+    ],
+)
+def test_full_size_rows_stay_on_an_h100(kind, flags, as_machine):
+    """What results/gpu_session.sh runs there: all weights are on the device, bf16 while loading."""
+    as_machine(H100)
+    image = ("--image", "tiny_flux/source.png") if kind == "Kontext-dev" else ()
+    args = make_args("--ckpt", f"black-forest-labs/FLUX.1-{kind}", *FLUX[2:], *image, *flags)
+    assert (args.tier, args.load_device) == ("full", "cuda")
+    assert estimate(args, "full").gib < 40
+    assert args.plan["memory"].state == "off"
+
+
+def test_an_fp32_reference_is_refused_where_it_has_no_room(as_machine):
+    """33 GiB of bf16 weights stay while fp32's 67 are loaded."""
+    as_machine(H100)
+    with pytest.raises(UserError, match=r"--fp32_reference: .*98\.\d GiB, found 78\.0 GiB free"):
+        check_room(make_args(*FLUX))
+    check_room(make_args(*FLUX, "--memory", "group", "--disable_quant"))
+    check_room(make_args("--ckpt", "tiny-dev", "--disable_fa3"))
+    as_machine(replace(H100, memory_gib=140.0))
+    check_room(make_args(*FLUX))
+    args = make_args(*FLUX, "--memory", "60GiB")
+    vars(args).update(fp32_reference=True, quality_prompts=1)
+    with pytest.raises(UserError, match=r"found 60\.0 GiB free; leave it out"):  # before loading
+        row.measure_row(args)
 
 
 def test_too_little_is_one_line_before_anything_is_loaded(flux):

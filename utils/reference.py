@@ -56,6 +56,26 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
     return made, path
 
 
+def check_room(args) -> None:
+    """Look whether fp32 fits beside the run's own weights, which stay on the device meanwhile.
+
+    Raises: UserError if it does not; weights that wait on the host leave it room.
+    """
+    from utils.errors import UserError
+    from utils.memory_tiers import GIB, estimate, parse_size
+    from utils.steps import memory
+
+    exact = copy.copy(args)
+    exact.disable_bf16 = True
+    needed = estimate(args, "full").weights / GIB + estimate(exact, "full").gib
+    free = (parse_size(args.memory) or memory.free_bytes(args)) / GIB
+    if args.load_device == args.device and needed > free:
+        raise UserError(
+            f"--fp32_reference: fp32 beside the run's own weights needs {needed:.1f} GiB, found "
+            f"{free:.1f} GiB free; leave it out, or use --memory group"
+        )
+
+
 def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
     """Collect all that decides the pictures of plain diffusers."""
     from utils import card

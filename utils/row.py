@@ -17,20 +17,23 @@ def measure_row(args) -> tuple[dict, object, object]:
     """Measure the run that `args` describes.
 
     Returns: the row as it is stored, the optimised pipeline, and the Result on the quality prompts.
-    Raises: RuntimeError for a broken picture, a recompilation, or a row that is called lossless and
-        is not.
+    Raises: UserError if fp32 is wanted and has no room beside the run's own weights; RuntimeError
+        for a broken picture, a recompilation, or a row that is called lossless and is not.
     """
     from utils import card, cudagraph, peaks, peers, quality, quality_source, reference, roofline
     from utils.benchmark_utils import StageClock, annotate_pipeline, measure
     from utils.memory import peak_memory, reset_peak_memory, weights_gib
     from utils.pipeline_utils import generate, reused_steps
-    from utils.prepare import begin
+    from utils.prepare import announce_and_load, prepare
     from utils.prompts import quality_prompts
 
-    pipeline, load_s = begin(args)
-    prompts = quality_prompts(args)[: args.quality_prompts]
+    prepare(args)
     with_fp32 = args.fp32_reference or args.checkpoint.source == "bundled"
     with_fp32 = with_fp32 and not args.disable_bf16  # there eager is fp32
+    if with_fp32:
+        reference.check_room(args)
+    pipeline, load_s = announce_and_load(args)
+    prompts = quality_prompts(args)[: args.quality_prompts]
     kept, _ = reference.load_or_make(pipeline, args, prompts, with_fp32)
 
     start = time.perf_counter()
