@@ -169,13 +169,10 @@ for part in "$@"; do
       for flag in --persistent_tma "--fa3_dtype bf16" "--quant_granularity tensor" "--quant_filter all"; do
         row 140 "$flag" $SCHNELL $BLOCKS $flag
       done ;;
-<<<<<<< HEAD
-    deferred-scales) # scales and biases behind the float8 products, taking turns with the default
-      for turn in 1 2; do
-        row 145 "fp8-blocks $turn" $DEV $BLOCKS --num_runs 5
-        row 145 "fp8-blocks-deferred-scales $turn" $DEV $BLOCKS --num_runs 5 --deferred_scales \
-          --kernel_table
-=======
+    fusion) # what is stored between the products: limits raised, scales behind, kernels of our own
+      for flags in "" --fusion_limits "--fusion_limits --deferred_scales" --fused_kernels; do
+        row 145 "fp8-blocks $flags" $DEV $BLOCKS --num_runs 5 --kernel_table $flags
+      done ;;
     attention) # kernels by name against the machine's own, taking turns: part of `correct` first
       for turn in 1 2; do
         for backend in auto ${BACKENDS:-fa4 sdpa_cudnn int8}; do
@@ -187,7 +184,6 @@ for part in "$@"; do
       for dtype in float8 mxfp8 nvfp4; do
         row 140 "linear $dtype" $DEV $BLOCKS --num_runs 5 --kernel_table --quant_dtype $dtype
         FAST="" row 100 "tiny linear $dtype" --ckpt tiny-dev $BLOCKS --quant_dtype $dtype
->>>>>>> hardware
       done ;;
     modulation) # all steps' modulation before the loop: with and without, taking turns
       for turn in 1 2; do
