@@ -28,6 +28,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "compile_export_mode",
     "compile_scope",
     "compile_text_encoders",
+    "conv_benchmark",
     "device",
     "disable_bf16",
     "disable_channels_last",
@@ -61,8 +62,10 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "step_mask",
     "step_mask_gain",
     "step_mask_order",
+    "subpixel_upsampling",
     "swap_loras",
     "true_cfg_scale",
+    "vae_attention",
     "width",
 }
 

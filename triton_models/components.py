@@ -13,7 +13,13 @@ import torch
 from triton_models.parts import load_part
 
 TRANSFORMER_STEPS = ("fa3", "fused_kernels", "quant")
-DECODER_STEPS = ("channels_last", "group_norm")
+DECODER_STEPS = (
+    "vae_attention",
+    "subpixel_upsampling",
+    "channels_last",
+    "group_norm",
+    "conv_algorithms",
+)
 
 
 class Part:
