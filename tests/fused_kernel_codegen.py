@@ -142,10 +142,11 @@ def pretend_h200() -> None:
     )
 
 
-def generate(run, inputs, on_cpu: bool) -> str:
+def generate(run, inputs, on_cpu: bool, channels_last: bool | None = None) -> str:
     """Trace, lower for the pretended GPU and give the code.
 
     Plain code is traced on a CPU and moved, since some of torch's indexing asks for a real device.
+    `channels_last`: the layout of convolutions, where the compiler is not to choose.
     """
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
@@ -168,7 +169,7 @@ def generate(run, inputs, on_cpu: bool) -> str:
             with V.set_fake_mode(fake):
                 post_grad_passes(graph, True)
         FakeTensorProp(graph, fake).propagate(*made)
-        lowering = GraphLowering(graph, example_inputs=made)
+        lowering = GraphLowering(graph, example_inputs=made, layout_opt=channels_last)
         handlers = V.set_graph_handler(lowering), V.set_fake_mode(fake)
         with handlers[0], handlers[1], V.set_debug_handler(DebugContext()):
             lowering.run(*made)

@@ -29,6 +29,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "compile_scope",
     "compile_image_encoder",
     "compile_text_encoders",
+    "conv_benchmark",
     "deferred_scales",
     "device",
     "disable_bf16",
@@ -68,9 +69,11 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "step_mask",
     "step_mask_gain",
     "step_mask_order",
+    "subpixel_upsampling",
     "swap_loras",
     "triton_float8",
     "true_cfg_scale",
+    "vae_attention",
     "width",
 }
 

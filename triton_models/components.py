@@ -22,7 +22,13 @@ TRANSFORMER_STEPS = (
     "deferred_scales",
     "triton_float8",
 )
-DECODER_STEPS = ("channels_last", "group_norm")
+DECODER_STEPS = (
+    "vae_attention",
+    "subpixel_upsampling",
+    "channels_last",
+    "group_norm",
+    "conv_algorithms",
+)
 
 
 class Part:

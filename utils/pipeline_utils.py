@@ -10,6 +10,7 @@ from utils.steps import (
     cache_dit,
     channels_last,
     compile,
+    conv_algorithms,
     deferred_scales,
     device_images,
     export_aoti,
@@ -28,10 +29,12 @@ from utils.steps import (
     persistent_tma,
     quant,
     step_mask,
+    subpixel_upsampling,
     text_encoders,
     text_padding,
     text_quant,
     triton_float8,
+    vae_attention,
 )
 
 STEPS = (
@@ -41,8 +44,11 @@ STEPS = (
     fused_mlp,  # joins one of those with another
     fa3,  # calls the projections, fused or not
     fused_kernels,  # feeds the attention op above and the float8 products below
+    vae_attention,  # calls the VAE's projections
+    subpixel_upsampling,  # new weights, laid out by the next
     channels_last,  # compilation specialises on strides
     group_norm,  # made for that layout
+    conv_algorithms,  # chosen for that layout
     cache_dit,  # wraps the blocks that are compiled below
     modulation,  # takes linear layers out of the blocks before they are quantised
     text_padding,  # decides how many text tokens all below is made for
