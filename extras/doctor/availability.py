@@ -14,7 +14,7 @@ ASK = {  # step that is off by default -> the arguments that turn it on
     "fused_kernels": {"fused_kernels": True},
     "fused_mlp": {"fused_mlp": True},
     "vae_attention": {"vae_attention": True},
-    "subpixel_upsampling": {"subpixel_upsampling": True},
+    "subpixel_upsampling": {"subpixel_upsampling": "transposed"},
     "group_norm": {"channel_group_norm": True} | COMPILED,
     "conv_algorithms": {"conv_benchmark": True},
     "cache_dit": {
