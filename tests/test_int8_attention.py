@@ -7,9 +7,10 @@ import torch
 
 from tests.flux_pieces import inputs, pipeline, relative_error
 from tests.test_attention import SHAPES, head_errors, make, run_fp8, truth
+from utils import roofline
 from utils.kernels import flash_attention as fa
 from utils.kernels import int8_attention as twin
-from utils.steps import fa3, on
+from utils.steps import fa3, off, on
 
 # All per head, the worst one: measured 0.011 to 0.020, with outlying channels up to 0.030. The
 # library's own tests allow 0.03.
@@ -101,3 +102,9 @@ def test_in_the_transformer_it_costs_less_than_float8():
         fa3.apply(pipe, SimpleNamespace(plan={"fa3": on(backend=backend, dtype=dtype)}))
         errors[dtype] = relative_error(pipe.transformer(**inputs(2))[0], expected)
     assert 0 < errors["int8"] < errors["fp8"] < 0.02
+
+
+def test_its_floor_is_that_of_int8():
+    plan = {"quant": off("bf16"), "fa3": on(backend="int8", dtype="int8")}
+    args = SimpleNamespace(plan=plan, dtype=torch.bfloat16)
+    assert roofline.precision_of(args).attention == "int8"

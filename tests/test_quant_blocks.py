@@ -15,6 +15,7 @@ from utils.explain import explain
 from utils.hardware import Machine
 from utils.memory import weights_gib
 from utils.memory_tiers import estimate
+from utils.peaks import CARDS
 from utils.steps import fa3, fused_kernels, on, persistent_tma, quant
 
 B200 = Machine("cuda", "NVIDIA B200", (10, 0), memory_gib=178.0)
@@ -165,6 +166,14 @@ def test_what_else_follows_from_the_format(dtype, as_machine):
     args = make_args(*FLUX, "--quant_dtype", dtype, "--memory", "group")
     assert args.plan["quant"].state == "unavailable"
     assert args.plan["memory"].is_on  # nothing that could not move
+
+
+def test_data_sheets_have_a_rate_for_each_format_of_their_machine():
+    for card in CARDS.values():
+        rates = card.peaks.tflop_per_s
+        for dtype in quant.BLOCK_FORMATS:
+            assert (dtype in rates) == (not quant.lacking(card.machine, dtype))
+        assert rates.get("mxfp8") in (None, rates.get("fp8"))
 
 
 @pytest.mark.parametrize("dtype", SETTINGS)

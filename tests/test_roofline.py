@@ -22,7 +22,7 @@ from utils.explain import explain
 from utils.hardware import Machine
 from utils.layers import WIDTH, Layer, Precision, elementwise, linear, products, total
 from utils.peaks import CARDS, Peaks
-from utils.steps import fused_projections, off, on, quant
+from utils.steps import fused_projections, off, on
 from utils.work import Call
 
 BF16, PLAIN = torch.bfloat16, Precision()
@@ -274,9 +274,6 @@ def test_data_sheets_belong_to_exact_names():
         rates = card.peaks.tflop_per_s
         assert {"bf16", "int8"} <= set(rates) <= set(WIDTH) - {"fp32"}
         assert ("fp8" in rates) == (card.machine.capability >= (8, 9))
-        for dtype in quant.BLOCK_FORMATS:
-            assert (dtype in rates) == (not quant.lacking(card.machine, dtype))
-        assert rates.get("mxfp8") in (None, rates.get("fp8"))
     for other in ("H100 PCIe", "H200 NVL", "GeForce RTX 4090 D", "L40", "A100-SXM4-40GB"):
         assert peaks.datasheet(Machine("cuda", f"NVIDIA {other}", (9, 0))) is None
     assert peaks.datasheet(Machine("cpu", "NVIDIA H200")) is None
