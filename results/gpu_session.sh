@@ -222,6 +222,14 @@ for part in "$@"; do
         row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
         row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
       done ;;
+    decoder-upsampling) # upsampling inside the convolutions, by both ways, beside the stack without
+      for flag in "" "--subpixel_upsampling transposed" "--subpixel_upsampling phases" ""; do
+        row 145 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
+      done ;;
+    decoder-convolutions) # cuDNN's algorithms by time; the attention of 512 as explicit products
+      for flag in "" --conv_benchmark --vae_attention ""; do
+        row 145 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
+      done ;;
     memory) # peaks at full size beside the estimates, which stand in each row's steps
       for tier in full group; do # random weights of group are made on the host: minutes
         row 280 "memory $tier" $DEV --memory $tier --compile_export_mode disabled --num_runs 2

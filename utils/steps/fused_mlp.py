@@ -31,7 +31,7 @@ def check(args) -> Verdict:
     projections = fused_projections.check(args)
     if projections.is_on and "modules" not in projections.settings:
         return on()
-    found = projections.reason or "a GGUF's weights, which stay compressed"
+    found = projections.reason or "--gguf_mode compressed (dequantize makes matrices)"
     return refused(
         f"--fused_mlp: joins the fused Q, K and V with the MLP, found {found}; leave one of the "
         "two out"

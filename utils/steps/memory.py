@@ -123,6 +123,8 @@ def _conflict(args) -> str:
         return "--fused_kernels is not tried with weights that move; leave it out"
     if tier in OFFLOADED and quant.precision(quant.check(args)) in quant.BLOCK_FORMATS:
         return f"--quant_dtype {args.quant_dtype} is not tried with weights that move; leave it out"
+    if tier in OFFLOADED and args.triton_float8:
+        return "--triton_float8 is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.swap_loras:
         return "--swap_loras is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.cache_dit_config:
