@@ -1,5 +1,8 @@
 """Raised limits: the compiler is told, and stores less between the products of a block."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_args
@@ -9,6 +12,7 @@ from utils.errors import UserError
 from utils.steps import deferred_scales, fusion_limits
 from utils.steps.compile import compiler_options
 
+ROOT = Path(__file__).parent.parent
 RUN = ("--device", "cpu", "--fusion_limits", "--compile_export_mode")
 
 
@@ -29,16 +33,27 @@ def test_no_other_step_lowers_them():
         assert limit > own[name] and limit >= deferred_scales.LIMITS.get(name, 0)
 
 
+def of_a_step(rows: list[dict]) -> dict[tuple[str, str], int]:
+    """Add up what Dev's 19 double and 38 single blocks store, by products and limits. Units: MB"""
+    found = {}
+    for row in rows:
+        key = row["products"], row["limits"]
+        found[key] = found.get(key, 0) + {"double": 19, "single": 38}[row["block"]] * row["mb"]
+    return found
+
+
+def test_the_committed_count_is_what_the_page_says():
+    lines = (ROOT / "results" / "kernels" / "block-codegen.jsonl").read_text().splitlines()
+    mb, page = of_a_step(map(json.loads, lines)), (ROOT / "docs" / "performance.md").read_text()
+    for products in ("bf16", "float8", "deferred"):
+        assert f"{mb[products, 'own'] / 1000:.1f} | {mb[products, 'raised'] / 1000:.1f} |" in page
+
+
 @pytest.mark.slow
 def test_what_inductor_stores_for_an_h200():
-    rows = lines_of("tests.block_codegen")
-    mb = {(row["block"], row["products"], row["limits"]): row["mb"] for row in rows}
-    kernels = {(row["block"], row["products"], row["limits"]): row["kernels"] for row in rows}
-    for kind in ("double", "single"):
-        plain = (kind, "float8", "own")
-        for products, limits in (("float8", "raised"), ("deferred", "deferred")):
-            assert kernels[kind, products, limits] <= kernels[plain], rows
-            assert mb[kind, products, limits] < 0.95 * mb[plain], rows
-        assert mb[kind, "deferred", "raised"] < mb[kind, "deferred", "deferred"], rows
-        assert mb[kind, "bf16", "raised"] <= mb[kind, "bf16", "own"], rows
-    assert mb["single", "deferred", "own"] > mb["single", "float8", "own"], rows  # needs its limits
+    mb = of_a_step(lines_of("tests.block_codegen"))
+    plain = mb["float8", "own"]
+    assert mb["bf16", "raised"] < 0.95 * mb["bf16", "own"], mb
+    assert mb["float8", "raised"] < 0.85 * plain and mb["deferred", "deferred"] < 0.85 * plain, mb
+    assert mb["deferred", "raised"] < 0.75 * plain, mb  # the two together
+    assert mb["deferred", "own"] > plain, mb  # it needs its limits
