@@ -95,7 +95,8 @@ for part in "$@"; do
     correct) # every GPU path against its plain twin
       correct 585 tests ;;
     correct-kernels) # ours and the packages', without the stack around them
-      correct 180 tests/test_{attention_gpu,fused_kernels_gpu,quant,cudagraph,denoise}.py ;;
+      correct 180 tests/test_{attention_gpu,fused_kernels_gpu,float8_product_gpu,quant,cudagraph}.py \
+        tests/test_{denoise,deferred_scales,text_quant,device_images,subpixel_upsampling}.py ;;
     correct-stack) # every mode against eager; compiles for most of its time
       correct 400 tests/test_{stack_gpu,export_aoti,image_encoder,extras_controlnet,memory_gpu}.py ;;
     kernels) # each at FLUX.1's shapes, checked: what torch and the packages bring, and ours
