@@ -15,17 +15,6 @@ from extras.inpaint import read_mask
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
 
-# Steps that change blocks only
-OF_BLOCKS = (
-    "fused_projections",
-    "fused_mlp",
-    "fa3",
-    "fused_kernels",
-    "quant",
-    "deferred_scales",
-    "triton_float8",
-)
-
 
 def parse(argv: list[str] | None = None):
     """Read the flags of gen_image.py and those of this command."""
@@ -168,9 +157,10 @@ def arguments(wanted: list[controls.Control], images: list) -> dict:
 
 def optimize_nets(pipeline, nets: dict, args) -> None:
     """Apply the steps that change blocks to every net, and name the nets for the compiler."""
-    from utils.pipeline_utils import STEPS, optimize
+    from utils.pipeline_utils import OF_BLOCKS, STEPS, optimize
 
-    others = tuple(step.NAME for step in STEPS if step.NAME not in OF_BLOCKS)
+    wanted = ("fused_projections", *OF_BLOCKS)
+    others = tuple(step.NAME for step in STEPS if step.NAME not in wanted)
     for net in nets.values():
         optimize(SimpleNamespace(transformer=net, vae=None), args, without=others)
     pipeline.further = {f"controlnet_{k}": net for k, net in enumerate(nets.values())}

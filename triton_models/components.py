@@ -11,17 +11,10 @@ from types import SimpleNamespace
 import torch
 
 from triton_models.parts import load_part
+from utils.pipeline_utils import OF_BLOCKS, optimize
 from utils.steps import text_quant
 
 TEXT_STEPS = (text_quant.NAME,)
-TRANSFORMER_STEPS = (
-    "fused_mlp",
-    "fa3",
-    "fused_kernels",
-    "quant",
-    "deferred_scales",
-    "triton_float8",
-)
 DECODER_STEPS = (
     "vae_attention",
     "subpixel_upsampling",
@@ -50,8 +43,6 @@ class Part:
 
 def optimized(pipeline, args, run: Callable, without: tuple[str, ...], batch_sizes) -> None:
     """Apply the steps to one component and make its call once for every batch size."""
-    from utils.pipeline_utils import optimize
-
     optimize(Part(pipeline, run), args, (*without, "device_images"))  # no pictures here
     for rows in batch_sizes:
         run(rows, args.height, args.width, args.max_sequence_length)
@@ -155,7 +146,7 @@ class Decoder:
 
     def __init__(self, args, batch_sizes: tuple[int, ...] = (1,)) -> None:
         self.args, self.pipeline = args, load_part(args, "vae_decoder")
-        optimized(self.pipeline, args, self._run, TRANSFORMER_STEPS + TEXT_STEPS, batch_sizes)
+        optimized(self.pipeline, args, self._run, OF_BLOCKS + TEXT_STEPS, batch_sizes)
 
     @torch.no_grad()
     def __call__(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:

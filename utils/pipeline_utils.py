@@ -67,6 +67,8 @@ STEPS = (
     export_aoti,  # ... or this does: one of the two, or neither
     step_mask,  # decides only whether that forward is called
 )
+# Of these, what changes a transformer's blocks and nothing else; `fused_projections`: the VAE's too
+OF_BLOCKS = ("fused_mlp", "fa3", "fused_kernels", "quant", "deferred_scales", "triton_float8")
 
 
 def load_pipeline(args):
