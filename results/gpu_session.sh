@@ -149,10 +149,15 @@ for part in "$@"; do
         row 145 "fp8-blocks-text-encoders $turn" $SCHNELL $BLOCKS --compile_text_encoders
       done
       row 145 fp8-blocks-text-padding $DEV $BLOCKS --num_runs 5 --drop_text_padding ;;
-    decoder) # GroupNorm along the channels: the decoding stage's time, taking turns
+    decoder) # each of the decoder's steps alone: the decoding stage's time, and its kernels
+      for flag in "" --channel_group_norm --subpixel_upsampling --vae_attention --conv_benchmark; do
+        row 115 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
+      done ;;
+    decoder-together) # all four, taking turns with none
       for turn in 1 2; do
         row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
-        row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
+        row 145 "fp8-blocks-decoder $turn" $SCHNELL $BLOCKS --channel_group_norm \
+          --subpixel_upsampling --vae_attention --conv_benchmark --kernel_table
       done ;;
     memory) # peaks at full size beside the estimates, which stand in each row's steps
       for tier in full group; do # random weights of group are made on the host: minutes
