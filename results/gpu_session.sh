@@ -218,10 +218,15 @@ for part in "$@"; do
       row 145 fp8-blocks-text-quant $SCHNELL $BLOCKS --compile_text_encoders --quant_text_encoder
       row 145 fp8-blocks $DEV $BLOCKS --num_runs 5
       row 145 fp8-blocks-text-padding $DEV $BLOCKS --num_runs 5 --drop_text_padding ;;
-    decoder) # GroupNorm along the channels: the decoding stage's time, taking turns
+    decoder) # each of the decoder's steps alone: the decoding stage's time, and its kernels
+      for flag in "" --channel_group_norm --subpixel_upsampling --vae_attention --conv_benchmark; do
+        row 115 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
+      done ;;
+    decoder-together) # all four, taking turns with none
       for turn in 1 2; do
         row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
-        row 145 "fp8-blocks-group-norm $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table
+        row 145 "fp8-blocks-decoder $turn" $SCHNELL $BLOCKS --channel_group_norm \
+          --subpixel_upsampling --vae_attention --conv_benchmark --kernel_table
       done ;;
     decoder-upsampling) # upsampling inside the convolutions, by both ways, beside the stack without
       for flag in "" "--subpixel_upsampling transposed" "--subpixel_upsampling phases" ""; do

@@ -9,6 +9,7 @@ for the plain code, whose reductions read a row several times. It is Inductor's 
 and a pretended device: `bash results/gpu_session.sh fused-kernels` measures what this counts.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -142,11 +143,27 @@ def pretend_h200() -> None:
     )
 
 
-def generate(run, inputs, on_cpu: bool, channels_last: bool | None = None) -> str:
+def _channels_last():
+    """Let convolutions write as cuDNN does, which a torch without it does not know."""
+    from torch._inductor import ir
+    from torch._inductor.kernel import conv
+
+    layout_of = conv.conv_layout
+
+    def layout(*args, **kwargs):
+        found = layout_of(*args, **kwargs)
+        _, c, h, w = found.size
+        strides = [c * h * w, 1, w * c, c]
+        return ir.FixedLayout(found.device, found.dtype, found.size, strides)
+
+    return mock.patch.object(conv, "conv_layout", layout)
+
+
+def generate(run, inputs, on_cpu: bool, channels_last: bool = False) -> str:
     """Trace, lower for the pretended GPU and give the code.
 
     Plain code is traced on a CPU and moved, since some of torch's indexing asks for a real device.
-    `channels_last`: the layout of convolutions, where the compiler is not to choose.
+    `channels_last`: convolutions in the layout in which cuDNN, absent here, would give them.
     """
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
@@ -169,9 +186,10 @@ def generate(run, inputs, on_cpu: bool, channels_last: bool | None = None) -> st
             with V.set_fake_mode(fake):
                 post_grad_passes(graph, True)
         FakeTensorProp(graph, fake).propagate(*made)
-        lowering = GraphLowering(graph, example_inputs=made, layout_opt=channels_last)
+        lowering = GraphLowering(graph, example_inputs=made, layout_opt=channels_last or None)
         handlers = V.set_graph_handler(lowering), V.set_fake_mode(fake)
-        with handlers[0], handlers[1], V.set_debug_handler(DebugContext()):
+        layouts = _channels_last() if channels_last else contextlib.nullcontext()
+        with handlers[0], handlers[1], V.set_debug_handler(DebugContext()), layouts:
             lowering.run(*made)
             code = lowering.codegen()[0]
     return getattr(code, "value", code)

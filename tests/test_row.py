@@ -143,9 +143,11 @@ def test_gaps_and_groups_of_a_timeline():
     kernels, idle, total = kernel_table.summarise(spans)
     assert kernels["sm90_gemm"] == (pytest.approx(15e-6), 2)
     assert idle == pytest.approx(10e-6) and total == pytest.approx(50e-6)
-    groups = {name: kernel_table.group_of(name) for name, _, _ in spans}
+    convolution = "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc"
+    groups = {name: kernel_table.group_of(name) for name in (*kernels, convolution)}
     assert groups == {
         "sm90_gemm": "linear",
+        convolution: "convolution",
         "triton_poi_fused_mul": "norm and elementwise",
         "flash_fwd": "attention",
         "Memcpy DtoD": "copies",

@@ -10,8 +10,9 @@ TOP = 10
 GROUPS = (  # the first match wins; names of cuBLAS, CUTLASS, cuDNN, Triton and ATen
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("quantisation", ("quant", "fp8_cast", "amax", "to_fp8")),
+    ("convolution", ("fprop", "dgrad", "implicit", "winograd")),  # cuDNN's, named xmma ... gemm
     ("linear", ("gemm", "cutlass", "xmma", "nvjet", "matmul", "addmm", "linear", "mm")),
-    ("convolution", ("conv", "implicit", "winograd")),
+    ("convolution", ("conv",)),
     ("copies", ("memcpy", "memset", "copy", "cat", "contiguous", "clone")),
     ("norm and elementwise", ("",)),
 )
