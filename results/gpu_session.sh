@@ -98,7 +98,8 @@ for part in "$@"; do
       correct 180 tests/test_{attention_gpu,fused_kernels_gpu,float8_product_gpu,quant,cudagraph}.py \
         tests/test_{denoise,deferred_scales,text_quant,device_images,subpixel_upsampling}.py ;;
     correct-stack) # every mode against eager; compiles for most of its time
-      correct 400 tests/test_{stack_gpu,export_aoti,image_encoder,extras_controlnet,memory_gpu}.py ;;
+      correct 400 tests/test_{stack_gpu,decoder_gpu,export_aoti,image_encoder}.py \
+        tests/test_{extras_controlnet,memory_gpu}.py ;;
     kernels) # each at FLUX.1's shapes, checked: what torch and the packages bring, and ours
       kernels 170 'product/*' --skip_compiled
       kernels 100 'attention/*,between/*,decoder/*,text/*,transfer/*' --skip_compiled ;;
@@ -219,22 +220,18 @@ for part in "$@"; do
       row 145 fp8-blocks $DEV $BLOCKS --num_runs 5
       row 145 fp8-blocks-text-padding $DEV $BLOCKS --num_runs 5 --drop_text_padding ;;
     decoder) # each of the decoder's steps alone: the decoding stage's time, and its kernels
-      for flag in "" --channel_group_norm --subpixel_upsampling --vae_attention --conv_benchmark; do
-        row 115 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
-      done ;;
-    decoder-together) # all four, taking turns with none
-      for turn in 1 2; do
-        row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
-        row 145 "fp8-blocks-decoder $turn" $SCHNELL $BLOCKS --channel_group_norm \
-          --subpixel_upsampling --vae_attention --conv_benchmark --kernel_table
+      for flag in "" --channel_group_norm --vae_attention --conv_benchmark; do
+        row 145 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
       done ;;
     decoder-upsampling) # upsampling inside the convolutions, by both ways, beside the stack without
       for flag in "" "--subpixel_upsampling transposed" "--subpixel_upsampling phases" ""; do
         row 145 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
       done ;;
-    decoder-convolutions) # cuDNN's algorithms by time; the attention of 512 as explicit products
-      for flag in "" --conv_benchmark --vae_attention ""; do
-        row 145 "fp8-blocks $flag" $SCHNELL $BLOCKS $flag --kernel_table
+    decoder-together) # all four, taking turns with none
+      for turn in 1 2; do
+        row 145 "fp8-blocks $turn" $SCHNELL $BLOCKS --kernel_table
+        row 145 "fp8-blocks-decoder $turn" $SCHNELL $BLOCKS --channel_group_norm --kernel_table \
+          --subpixel_upsampling transposed --vae_attention --conv_benchmark
       done ;;
     memory) # peaks at full size beside the estimates, which stand in each row's steps
       for tier in full group; do # random weights of group are made on the host: minutes
