@@ -136,7 +136,7 @@ def test_everything_together_with_float8_and_aoti(reference, float8_on_cpu, tmp_
     opt_in = {"cache_dit", "fused_kernels", "modulation", "step_mask"}
     opt_in |= {"group_norm", "text_encoders", "text_padding", "persistent_tma"}
     opt_in |= {"gguf", "lora", "memory"}  # other weights; nothing to do where all fits
-    opt_in |= {"device_images"}  # for GPUs
+    opt_in |= {"device_images", "loop_graph"}  # for GPUs
     assert on == {step.NAME for step in STEPS} - opt_in - {"compile"}
     scores = distance(pipeline, args, reference(*PROMPT))
     assert scores["psnr"] > 30, scores

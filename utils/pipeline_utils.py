@@ -18,6 +18,7 @@ from utils.steps import (
     gguf,
     group_norm,
     inductor_tuning_flags,
+    loop_graph,
     lora,
     memory,
     modulation,
@@ -47,6 +48,7 @@ STEPS = (
     text_encoders,  # warmed up by the calls of the two below
     compile,  # freezes everything above ...
     export_aoti,  # ... or this does: one of the two, or neither
+    loop_graph,  # decides only how that forward is queued
     step_mask,  # decides only whether that forward is called
 )
 

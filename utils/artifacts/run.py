@@ -6,11 +6,19 @@ from pathlib import Path
 from utils.artifacts.identity import code_digest, environment
 from utils.artifacts.private import open_cache
 from utils.artifacts.store import nearest
-from utils.steps import device_images, gguf, memory, step_mask, text_encoders, text_padding
+from utils.steps import (
+    device_images,
+    gguf,
+    loop_graph,
+    memory,
+    step_mask,
+    text_encoders,
+    text_padding,
+)
 
 UTILS = Path(__file__).resolve().parent.parent
 # Steps that call the packages otherwise, or not at all, and are not in them
-OUTSIDE = (device_images, memory, step_mask, text_encoders, text_padding)
+OUTSIDE = (device_images, loop_graph, memory, step_mask, text_encoders, text_padding)
 # Sources that shape a package beside the kernels and the steps that are on: a test follows imports
 GRAPH = ("aoti.py", "calls.py", "denoise.py", "steps/__init__.py")
 
