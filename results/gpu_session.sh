@@ -193,6 +193,13 @@ for part in "$@"; do
         row 145 "fp8-blocks-modulation $turn" $DEV $BLOCKS --num_runs 5 --modulation_once \
           --trace-file "$MORE/dev-modulation.json.gz"
       done ;;
+    host) # one graph of all steps, and pictures rounded on the host: by turns
+      for turn in 1 2; do
+        row 97 "fp8-blocks-modulation $turn" $SCHNELL $BLOCKS --modulation_once
+        row 97 "fp8-blocks-loop-graph $turn" $SCHNELL $BLOCKS --modulation_once --loop_graph
+        row 97 "fp8-blocks-host-images $turn" $SCHNELL $BLOCKS --modulation_once \
+          --disable_device_images
+      done ;;
     fused-kernels) # our kernels between the products, beside the same stack without
       row 140 fp8-blocks $SCHNELL $BLOCKS
       row 140 fp8-blocks-fused-kernels $SCHNELL $BLOCKS --fused_kernels

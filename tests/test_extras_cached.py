@@ -49,6 +49,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "guidance_scale",
     "height",
     "image",
+    "loop_graph",
     "lora",
     "max_sequence_length",
     "memory",

@@ -147,13 +147,17 @@ def annotate(f, title: str, clock: StageClock | None = None):
 def annotate_pipeline(pipeline, clock: StageClock | None = None) -> None:
     """Name the stages of a call, outside of whatever compiled or recorded them.
 
-    With a step mask only computed steps are a `denoising_step`.
+    With a step mask only computed steps are a `denoising_step`; a loop that is one graph has none,
+    and is a `denoising_loop`.
     """
     vae, images = pipeline.vae, pipeline.image_processor
     denoiser = getattr(pipeline, "masked", pipeline.transformer)
     pipeline.encode_prompt = annotate(pipeline.encode_prompt, "prompt_encoding", clock)
     vae.encode = annotate(vae.encode, "image_encoding", clock)  # Kontext's image
-    denoiser.forward = annotate(denoiser.forward, "denoising_step", clock)
+    if (loop := getattr(pipeline, "loop_graph", None)) is None:
+        denoiser.forward = annotate(denoiser.forward, "denoising_step", clock)
+    else:
+        pipeline.loop_graph = annotate(loop, "denoising_loop", clock)
     vae.decode = annotate(vae.decode, "decoding", clock)
     images.postprocess = annotate(images.postprocess, "postprocessing", clock)
     images.numpy_to_pil = annotate(images.numpy_to_pil, "pil_conversion", clock)  # part of the last

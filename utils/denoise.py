@@ -2,7 +2,8 @@
 
 Before the loop: schedule, all steps' modulation, rotary embeddings, embedded text. In it: the
 transformer's one forward and the scheduler's four small operations, all of them queued without
-asking the device for anything; the bar counts queued steps, as diffusers' does. Whatever needs the
+asking the device for anything; the bar counts queued steps, as diffusers' does. So the loop can be
+one graph (step `loop_graph`). Whatever needs the
 host between steps (callbacks), a second forward (true CFG) or other inputs (ControlNet,
 IP-adapter) is refused.
 
@@ -10,6 +11,7 @@ Source: diffusers 0.42, pipeline_flux.py and pipeline_flux_kontext.py; a test co
 """
 
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,9 +99,9 @@ def denoise(
     reference: torch.Tensor | None,
     constants: Constants,
     lengths: torch.Tensor,
-    bar,
+    queued: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
-    """Take all steps of Euler's method; the host only queues.
+    """Take all steps of Euler's method; the host only queues, and is told so after each.
 
     Shapes: latents (B, S, C); reference (B, R, C), Kontext's image, or None; lengths (N,) fp32
         -> (B, S, C)
@@ -110,12 +112,14 @@ def denoise(
         velocity = transformer(hidden_states=seen, **constants.of_step(i))[0][:, :tokens]
         # As the scheduler rounds: the product in the model's dtype, the sum in fp32
         latents = (latents.float() + lengths[i] * velocity).to(velocity.dtype)
-        bar.update()
+        queued()
     return latents
 
 
 class OwnLoop:
     """Stands before FluxPipeline or FluxKontextPipeline in a class of install()'s making."""
+
+    loop_graph = None  # step `loop_graph` puts all of denoise() here
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
@@ -147,7 +151,12 @@ class OwnLoop:
             timesteps, guidance, pooled, embeds, txt_ids, img_ids
         )
         with self.progress_bar(total=len(timesteps)) as bar:
-            images = denoise(self.transformer, latents, reference, constants, lengths, bar)
+            if self.loop_graph is None:
+                start = self.transformer, latents, reference
+                images = denoise(*start, constants, lengths, bar.update)
+            else:
+                images = self.loop_graph(latents, reference, lengths, **vars(constants))
+                bar.update(len(timesteps))
         if call.output_type != "latent":
             images = self._decode(images, call)
         self.maybe_free_model_hooks()

@@ -23,6 +23,7 @@ from utils.steps import (
     group_norm,
     image_encoder,
     inductor_tuning_flags,
+    loop_graph,
     lora,
     memory,
     modulation,
@@ -65,6 +66,7 @@ STEPS = (
     image_encoder,  # one component more for the two below
     compile,  # freezes everything above ...
     export_aoti,  # ... or this does: one of the two, or neither
+    loop_graph,  # decides only how that forward is queued
     step_mask,  # decides only whether that forward is called
 )
 # Of these, what changes a transformer's blocks and nothing else; `fused_projections`: the VAE's too

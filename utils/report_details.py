@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from utils.report_rows import MEMORY, distinct, get, name
+from utils.report_rows import MEMORY, OF_LOOP, distinct, get, name
 from utils.report_series import Series
 from utils.report_table import MISSING, si, significant, spread
 
@@ -46,8 +46,9 @@ def _stage(row: dict, stage: str) -> dict[str, str | float | None]:
     seconds, floor = work.get("seconds"), work.get("floor_s")
     over = work.get("time_over_floor") or (seconds / floor if seconds and floor else None)
     rate, mfu = work.get("tflop_per_s"), work.get("mfu")
+    loop = get(row, *OF_LOOP) if stage == "denoising_step" else None
     return {
-        "stage": stage.replace("_", " "),
+        "stage": stage.replace("_", " ") + (f" ({loop})" if loop else ""),
         "ms": spread(times, 1e3) if times else _ms(seconds),
         LIMIT: 1 / over if over else None,
         "floor, ms": _ms(floor),

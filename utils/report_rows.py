@@ -14,6 +14,7 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = (1, 2)
 MEMORY = ("weights", "allocated_peak", "reserved_peak", "host_peak")
+OF_LOOP = ("steps", "loop_graph", "settings", "denoising_step")  # "loop/4": no step was timed
 
 # What a value has to be where there is one: a type, a list of it, a mapping ("*": any key). Keys
 # that are not listed are nobody's business here.

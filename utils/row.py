@@ -60,7 +60,8 @@ def measure_row(args) -> tuple[dict, object, object]:
     used = reused_steps(pipeline, args)
     result = quality.run(pipeline, args, prompts)
     clock.read()
-    stages = {title: spread.as_dict() for title, spread in stage_seconds(regions).items()}
+    seconds = stage_seconds(regions, args.num_inference_steps)
+    stages = {title: spread.as_dict() for title, spread in seconds.items()}
     row = {
         "format": FORMAT,
         "command": card.command(),
@@ -111,12 +112,13 @@ def _clocks(states: list[dict]) -> dict:
     return {"clocks_mhz": {"min": min(seen), "max": max(seen)}} if seen else {}
 
 
-def stage_seconds(regions: list[dict[str, list[float]]]) -> dict:
+def stage_seconds(regions: list[dict[str, list[float]]], steps: int) -> dict:
     """Turn the clock's regions of every timed run into one spread per stage.
 
     `postprocessing` contains `pil_conversion`; it is given without it. Units: seconds;
     `denoising_step` is per forward of the transformer and `prompt_encoding` per encoding (with true
-    CFG two of either), every other stage per call. `image_encoding` is Kontext's alone.
+    CFG two of either), every other stage per call. `image_encoding` is Kontext's alone. Of a loop
+    that is one graph (step `loop_graph`) a step is the loop over `steps`.
     """
     from utils.benchmark_utils import Spread
 
@@ -127,6 +129,8 @@ def stage_seconds(regions: list[dict[str, list[float]]]) -> dict:
         title: spread(title)
         for title in ("prompt_encoding", "denoising_step", "decoding", "pil_conversion")
     }
+    if loops := spread("denoising_loop").samples:
+        stages["denoising_step"] = Spread(tuple(loop / steps for loop in loops))
     if any("image_encoding" in run for run in regions):
         stages["image_encoding"] = spread("image_encoding")
     post = zip(spread("postprocessing").samples, stages["pil_conversion"].samples, strict=True)
@@ -138,6 +142,7 @@ def render(row: dict) -> str:
     """Write a row for people: seconds of every stage, memory, quality."""
     from utils import card
     from utils.benchmark_utils import Spread
+    from utils.report_rows import OF_LOOP, get
 
     def spread(title):
         return Spread(tuple(row["stages_s"][title]["samples"]))
@@ -147,6 +152,8 @@ def render(row: dict) -> str:
     lines = [ready, f"total       {total} s per call", *outliers(total)]
     for title in row["stages_s"]:
         per = " per step" if title == "denoising_step" else ""
+        if per and (loop := get(row, *OF_LOOP)):
+            per += f" ({loop})"
         lines.append(f"  {title:16s} {spread(title)} s{per}")
     lines += card.step_cache(row["step_cache"])
     lines += card.cuda_graphs(row.get("cuda_graphs"))

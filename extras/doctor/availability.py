@@ -34,6 +34,7 @@ ASK = {  # step that is off by default -> the arguments that turn it on
     "image_encoder": {"compile_image_encoder": True} | COMPILED,
     "compile": COMPILED,
     "export_aoti": {"compile_export_mode": "export_aoti"},
+    "loop_graph": {"loop_graph": True, "modulation_once": True} | COMPILED,
     "step_mask": {"step_mask": "medium"},
 }
 

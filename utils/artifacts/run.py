@@ -10,6 +10,7 @@ from utils.steps import (
     device_images,
     gguf,
     image_encoder,
+    loop_graph,
     memory,
     step_mask,
     text_encoders,
@@ -18,7 +19,15 @@ from utils.steps import (
 
 UTILS = Path(__file__).resolve().parent.parent
 # Steps that call the packages otherwise, or not at all, and are not in them
-OUTSIDE = (device_images, image_encoder, memory, step_mask, text_encoders, text_padding)
+OUTSIDE = (
+    device_images,
+    image_encoder,
+    loop_graph,
+    memory,
+    step_mask,
+    text_encoders,
+    text_padding,
+)
 # Sources that shape a package beside the kernels and the steps that are on: a test follows imports
 GRAPH = ("aoti.py", "calls.py", "denoise.py", "steps/__init__.py")
 

@@ -206,8 +206,10 @@ def apply(pipeline, args) -> None:
     if args.machine.device == "cuda":
         from utils.cudagraph import wrap_components
 
-        # a step cache decides in every step on the host, which no graph can record
-        wrap_components(pipeline, with_transformer=not args.cache_dit_config)
+        # a step cache decides in every step on the host, which no graph can record; in loop_graph
+        # there is a graph of all steps, and none inside of it
+        alone = not (args.cache_dit_config or args.loop_graph)
+        wrap_components(pipeline, with_transformer=alone)
     say(NAME, f"the first call compiles (scope {args.compile_scope}); minutes at full size")
     with stages(NAME, 1) as stage:
         stage("compile and warm up")

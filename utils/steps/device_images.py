@@ -1,4 +1,4 @@
-"""Pictures rounded to bytes on the device: one copy of 3 MB each, and the call's last wait.
+"""Pictures rounded to bytes on the device: one copy, half as large, and one wait for it.
 
 After the decoder, so compiler and packages know nothing of it; applied before they warm up, so that
 its small kernels are loaded and its pinned buffer is there. The bytes are diffusers' own for every

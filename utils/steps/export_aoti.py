@@ -133,6 +133,7 @@ def apply(pipeline, args) -> None:
     firsts = [group[0] for group in groups]
     on_gpu = args.machine.device == "cuda"
     pool = pool_of(pipeline) if on_gpu else None
+    graphed = set(GRAPHED) - ({"transformer"} if args.loop_graph else set())
     with stages(NAME, 2 + len(groups)) as stage:
         stage("record inputs")
         aoti.record_inputs(firsts, lambda: generate(pipeline, args, num_inference_steps=1))
@@ -150,7 +151,7 @@ def apply(pipeline, args) -> None:
                     "blocks would share; use --compile_scope full"
                 )
             run = aoti.attach(component, package.files, package.constants)
-            if on_gpu and component.name in GRAPHED:  # no graph inside of a graph
+            if on_gpu and component.name in graphed:  # no graph inside of a graph
                 run = CUDAGraphWrapper(run, component.name, pool)
             return run
 
@@ -161,7 +162,8 @@ def apply(pipeline, args) -> None:
                 forward = aoti.PackageForward(component, provide)
                 forward.add(inputs)
                 component.module.forward = forward
-        if on_gpu and args.compile_scope == "blocks" and (transformer := pipeline.transformer):
+        transformer = pipeline.transformer
+        if on_gpu and transformer and args.compile_scope == "blocks" and not args.loop_graph:
             # one graph around all blocks and their glue
             transformer.forward = CUDAGraphWrapper(transformer.forward, "transformer", pool)
         if on_gpu and args.compile_text_encoders:
