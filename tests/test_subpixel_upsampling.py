@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.kernels.subpixel_upsampling import fold
 from utils.pipeline_utils import STEPS, load_pipeline
 from utils.quality import relative_l2
-from utils.steps import channels_last, group_norm, subpixel_upsampling
+from utils.steps import channels_last, group_norm, subpixel_upsampling, vae_attention
 
 BUNDLED = ("--device", "cpu", "--subpixel_upsampling")
 
@@ -170,7 +170,9 @@ def test_it_exports_for_any_size():
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_package_of_the_decoder(tmp_path):
+    """With the attention's own op, which AOTInductor calls back."""
     model = optimized(vae())
+    vae_attention.apply(SimpleNamespace(vae=model), None)
     channels_last.apply(SimpleNamespace(vae=model), None)
     latents = picture(1, 16, 6, 10, dtype=torch.bfloat16)
     expected = model.decode(latents)[0]
