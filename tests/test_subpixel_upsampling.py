@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.kernels.subpixel_upsampling import SubpixelUpsample, summed_taps
 from utils.pipeline_utils import STEPS, generate, load_pipeline, optimize
 from utils.quality import psnr_db, relative_l2
-from utils.steps import channels_last, on, subpixel_upsampling
+from utils.steps import channels_last, on, subpixel_upsampling, vae_attention
 
 WAYS = ("transposed", "phases")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -197,8 +197,10 @@ def test_the_whole_calls_picture_at_once_and_in_tiles(device):
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_a_package_of_the_decoder(way, tmp_path):
+    """With the attention's op inside, too."""
     model = optimized(vae(), way)
-    channels_last.apply(SimpleNamespace(vae=model), None)
+    for step in (vae_attention, channels_last):
+        step.apply(SimpleNamespace(vae=model), None)
     latents = torch.randn(1, 16, 6, 10).bfloat16()
     expected = model.decode(latents)[0]
     component = aoti.Component("decoder", model.decoder)
