@@ -105,6 +105,7 @@ def test_in_the_transformer_it_costs_less_than_float8():
 
 
 def test_its_floor_is_that_of_int8():
-    plan = {"quant": off("bf16"), "fa3": on(backend="int8", dtype="int8")}
+    plan = {"fa3": on(backend="int8", dtype="int8")}
+    plan |= dict.fromkeys(("quant", "text_quant"), off("bf16"))
     args = SimpleNamespace(plan=plan, dtype=torch.bfloat16)
     assert roofline.precision_of(args).attention == "int8"
