@@ -22,7 +22,7 @@ from utils.explain import explain
 from utils.hardware import Machine
 from utils.layers import WIDTH, Layer, Precision, elementwise, linear, products, total
 from utils.peaks import CARDS, Peaks
-from utils.steps import fused_projections, off, on
+from utils.steps import fused_projections, off, on, subpixel_upsampling
 from utils.work import Call
 
 BF16, PLAIN = torch.bfloat16, Precision()
@@ -129,13 +129,15 @@ def test_against_torchs_counter_and_modules(name):
 class _Traffic(TorchFunctionMode):
     """Adds up what each product reads and writes. Units: bytes."""
 
+    PRODUCTS = ("linear", "conv2d", "conv_transpose2d", "scaled_dot_product_attention")
+
     def __init__(self):
         super().__init__()
         self.moved = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("linear", "conv2d", "scaled_dot_product_attention"):
+        if getattr(func, "__name__", "") in self.PRODUCTS:
             tensors = [x for x in (*args, *(kwargs or {}).values()) if torch.is_tensor(x)]
             self.moved += sum(x.numel() * x.element_size() for x in (*tensors, out))
         return out
@@ -152,6 +154,27 @@ def test_bytes_of_products_are_those_of_the_fused_modules():
             runs(call, modules)[component]()
         moved = total(products(layers[component]), "bytes")
         assert moved == pytest.approx(traffic.moved, rel=off_by, abs=0), component
+
+
+@pytest.mark.parametrize(("way", "off_by"), [("transposed", 0), ("phases", 1e-3)])
+def test_upsampling_inside_of_a_convolution(way, off_by):
+    modules = random_weights.modules(resolve(DEV, True), BF16, "meta")
+    fused_projections.apply(SimpleNamespace(**modules), None)
+    settings = SimpleNamespace(plan={"subpixel_upsampling": on(way=way)})
+    subpixel_upsampling.apply(SimpleNamespace(vae=modules["vae"]), settings)
+    call = Call(1024, 1024, 512, 28, subpixel_upsampling=True)
+    layers = count(DEV, call).layers["vae_decoder"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _Traffic() as traffic:
+        runs(call, modules)["vae_decoder"]()
+    # phases compute one row and column more than the picture has
+    assert total(layers, "flop") == pytest.approx(counter.get_total_flops(), rel=off_by, abs=0)
+    assert total(products(layers), "bytes") == pytest.approx(traffic.moved, rel=off_by, abs=0)
+    saved = 512**2 * (256**2 + 512**2) + 256**2 * 1024**2  # five of nine taps, 2 FLOP each
+    plain = total(dev().layers["vae_decoder"], "flop")
+    assert plain - total(layers, "flop") == 2 * 5 * saved
+    args = make_args("--device", "cpu", "--subpixel_upsampling", way)
+    assert roofline.call_of(args).subpixel_upsampling
+    assert not roofline.call_of(make_args("--device", "cpu")).subpixel_upsampling
 
 
 def test_float8_moves_fewer_bytes_where_it_is_used():
@@ -303,6 +326,10 @@ def test_explain_says_what_bounds_what():
         "NVIDIA L40S (as named)" in plain and "float8" not in plain and " fp8 " not in plain[500:]
     )
     a100 = explain(make_args(*here, checks=False), "A100")
+    assert "upsample + conv" not in a100
+    assert "upsample + conv" in explain(
+        make_args(*here, "--subpixel_upsampling", "phases", checks=False), "A100"
+    )
     assert "FLUX.1-schnell, schnell" in a100 and "precision   bf16\n" in a100
     kontext = explain(make_args("--ckpt", KONTEXT, *here, checks=False))
     assert "4096 + 4096 (--image of 1024x1024, assumed)" in kontext and "VAE ENCODER" in kontext

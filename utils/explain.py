@@ -82,7 +82,7 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
 def _settle(args, machine: Machine):
     """Do for a call on another machine what utils/prepare.py does for a run on this one."""
     from utils.prepare import number_problems, open_image
-    from utils.steps import fa3, quant
+    from utils.steps import fa3, quant, subpixel_upsampling
 
     if problems := number_problems(args):
         raise UserError("\n".join(problems))
@@ -123,6 +123,7 @@ def _settle(args, machine: Machine):
     if off_by_flag or quant.lacking(machine):
         text = off("no float8")
     args.plan = {"fa3": attention, "quant": linear, "text_quant": text}
+    args.plan["subpixel_upsampling"] = subpixel_upsampling.check(args)
     return args
 
 

@@ -127,6 +127,25 @@ def convolution(
     )
 
 
+def subpixel_convolution(
+    batch: int, inputs: int, outputs: int, size: tuple[int, int], base: str
+) -> Layer:
+    """Count nearest 2x upsampling and a 3x3 convolution as one layer (step subpixel_upsampling).
+
+    Of its 4x4 weights each pixel that it writes, `size` of them, meets 2x2.
+    """
+    pixels, weights = batch * size[0] * size[1], 16 * inputs * outputs
+    return Layer(
+        "upsample + conv",
+        "convolution",
+        f"{inputs} -> {outputs}, 4x4 transposed, {size[0]}x{size[1]}",
+        flop=2 * pixels * weights // 4,
+        bytes=WIDTH[base] * (weights + outputs + pixels * inputs // 4 + pixels * outputs),
+        dtype=base,
+        parameters=weights + outputs,
+    )
+
+
 def elementwise(
     name: str, rows: int, read: int, write: int, base: str, to: str = "", parameters: int = 0
 ) -> Layer:

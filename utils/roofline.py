@@ -139,6 +139,7 @@ def call_of(args) -> Call:
         images=prompts * args.num_images_per_prompt,
         reference=None if image is None else (image.height, image.width),
         modulation_once=args.modulation_once,
+        subpixel_upsampling=args.plan["subpixel_upsampling"].is_on,
         true_cfg=args.true_cfg_scale is not None,
     )
 

@@ -4,8 +4,7 @@ Written down once more instead of traced, so that every number is there in milli
 torch and without weights; a test compares it with `torch.utils.flop_counter` on the real modules.
 What is counted is told in utils/layers.py.
 
-Source: diffusers 0.42 (transformer_flux.py, vae.py), transformers 5 (modeling_t5.py,
-modeling_clip.py).
+Source: diffusers 0.42 (transformer_flux.py), transformers 5 (modeling_t5.py, modeling_clip.py).
 """
 
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from utils.layers import (
     Layer,
     Precision,
     attention,
-    convolution,
     elementwise,
     linear,
     lookup,
     modulation,
     place,
 )
+from utils.work_vae import vae_decoder, vae_encoder
 
 STAGES = {  # as run_benchmark.py names them -> what runs in it
     "prompt_encoding": ("clip", "t5"),
@@ -57,6 +56,7 @@ class Call:
     images: int = 1  # of all prompts together
     reference: tuple[int, int] | None = None  # height and width of Kontext's image, pixels
     modulation_once: bool = False  # before the loop, for all steps
+    subpixel_upsampling: bool = False  # the decoder's upsamplings inside of their convolutions
     true_cfg: bool = False  # text encoders and transformer run once more, with a negative prompt
 
 
@@ -227,94 +227,6 @@ def clip(config: dict, batch: int, base: str) -> list[Layer]:
     ]
 
 
-class _Picture:
-    """The VAE's layers at one batch and size, which its blocks change as they go."""
-
-    def __init__(self, batch: int, size: tuple[int, int], base: str):
-        self.batch, self.size, self.base = batch, size, base
-
-    @property
-    def pixels(self) -> int:
-        return self.batch * self.size[0] * self.size[1]
-
-    def scale(self, factor: float) -> None:
-        self.size = (int(self.size[0] * factor), int(self.size[1] * factor))
-
-    def conv(self, name: str, inputs: int, outputs: int, **options) -> Layer:
-        return convolution(name, self.batch, inputs, outputs, self.size, self.base, **options)
-
-    def norm(self, c: int, name: str = "GroupNorm + SiLU") -> Layer:
-        return elementwise(name, self.pixels, 2 * c, c, self.base, parameters=2 * c)
-
-    def resnet(self, inputs: int, outputs: int) -> list[Layer]:
-        shortcut = [self.conv("shortcut", inputs, outputs, k=1)] if inputs != outputs else []
-        return [
-            self.norm(inputs),
-            self.conv("conv", inputs, outputs),
-            self.norm(outputs),
-            self.conv("conv", outputs, outputs),
-            *shortcut,
-            elementwise("residual", self.pixels, 2 * outputs, outputs, self.base),
-        ]
-
-    def middle(self, c: int, config: dict) -> list[Layer]:
-        between = [
-            self.norm(c, "GroupNorm"),
-            linear("QKV", self.pixels, c, 3 * c, self.base),
-            attention(self.batch, self.pixels // self.batch, 1, c, self.base),
-            linear("out", self.pixels, c, c, self.base),
-            elementwise("residual", self.pixels, 2 * c, c, self.base),
-        ]
-        between *= config.get("mid_block_add_attention", True)
-        return place("middle", 1, [*self.resnet(c, c), *between, *self.resnet(c, c)])
-
-
-def vae_decoder(config: dict, batch: int, size: tuple[int, int], base: str) -> list[Layer]:
-    """List the layers of AutoencoderKL.decode; `size` is the latents' height and width."""
-    widths = list(reversed(config["block_out_channels"]))
-    latent, at = config["latent_channels"], _Picture(batch, size, base)
-    first = [at.conv("post-quant conv", latent, latent, k=1)] * config.get(
-        "use_post_quant_conv", True
-    )
-    layers = place("input", 1, [*first, at.conv("conv", latent, widths[0])])
-    layers += at.middle(widths[0], config)
-    before = widths[0]
-    for i, c in enumerate(widths):
-        block = []
-        for _ in range(config["layers_per_block"] + 1):
-            block += at.resnet(before, c)
-            before = c
-        if i < len(widths) - 1:
-            small = at.pixels
-            at.scale(2)
-            moved = elementwise("upsample", small, c, 4 * c, base)
-            block += [moved, at.conv("conv after upsample", c, c)]
-        layers += place(f"up block {i}", 1, block)
-    last = [at.norm(before), at.conv("conv", before, config["out_channels"])]
-    return layers + place("output", 1, last)
-
-
-def vae_encoder(config: dict, batch: int, size: tuple[int, int], base: str) -> list[Layer]:
-    """List the layers of AutoencoderKL.encode; `size` is the picture's height and width."""
-    widths = list(config["block_out_channels"])
-    moments, at = 2 * config["latent_channels"], _Picture(batch, size, base)  # mean, log variance
-    layers = place("input", 1, [at.conv("conv", config["in_channels"], widths[0])])
-    before = widths[0]
-    for i, c in enumerate(widths):
-        block = []
-        for _ in range(config["layers_per_block"]):
-            block += at.resnet(before, c)
-            before = c
-        if i < len(widths) - 1:
-            at.scale(1 / 2)
-            block.append(at.conv("downsample", c, c, stride=2))
-        layers += place(f"down block {i}", 1, block)
-    layers += at.middle(before, config)
-    last = [at.norm(before), at.conv("conv", before, moments)]
-    last += [at.conv("quant conv", moments, moments, k=1)] * config.get("use_quant_conv", True)
-    return layers + place("output", 1, last)
-
-
 def image_tokens(vae: dict, size: tuple[int, int]) -> int:
     """Count the tokens of a picture: the VAE shrinks it (by 8), packing takes 2x2 latents each.
 
@@ -341,6 +253,6 @@ def count(configs: dict[str, dict], call: Call, precision: Precision) -> Work:
         "vae_encoder": vae_encoder(vae, 1, reference, base) if reference else [],
         "constants": once,
         "transformer": step,
-        "vae_decoder": vae_decoder(vae, call.images, latents, base),
+        "vae_decoder": vae_decoder(vae, call.images, latents, base, call.subpixel_upsampling),
     }
     return Work(call, {name: tuple(found) for name, found in layers.items()})

@@ -5,7 +5,6 @@ their taps summed (utils/kernels/subpixel_upsampling.py) they are 1.24. The enla
 times their input, are neither written nor read: 1.7 GB less (`python -m tests.decoder_codegen`).
 Two ways, since which one the libraries have the faster kernel for only a GPU tells: a transposed
 convolution is a stride-2 gradient to cuDNN, phases are interleaved by a copy. Unmeasured, so off.
-The roofline's floor stays that of the plain convolutions.
 
 First of the decoder's steps: the new weights are then laid out like all others.
 """
