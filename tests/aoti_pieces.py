@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import flux_pieces
 import torch
 
+from tests import emulation
 from utils import aoti, artifacts
 from utils.benchmark_utils import create_parser
 from utils.hardware import Machine
@@ -117,14 +118,13 @@ def packaged(name, module, call, tmp_path):
     return aoti.PackageForward(component, lambda _: runs.pop()), package
 
 
-def quantise(model, granularity, monkeypatch):
+def quantise(model, granularity):
     """Quantise the blocks' Linears on a CPU, which torchao would refuse."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
 
-    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda g: None)
+    def chosen(m, n):
+        return isinstance(m, torch.nn.Linear) and "blocks" in n and "norm" not in n
+
     config = Float8DynamicActivationFloat8WeightConfig(granularity=granularity)
-    quantize_(
-        model,
-        config,
-        filter_fn=lambda m, n: isinstance(m, torch.nn.Linear) and "blocks" in n and "norm" not in n,
-    )
+    with emulation.float8():
+        quantize_(model, config, filter_fn=chosen)

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 
+from tests import emulation
 from tests.fused_kernel_codegen import ALL, IMG, TXT, C, D, H, count, generate, pretend_h200, tokens
 
 BLOCKS = {"double": FluxTransformerBlock, "single": FluxSingleTransformerBlock}
@@ -25,9 +26,7 @@ PRODUCTS = ("bf16", "float8", "deferred")  # the last: float8 with step deferred
 def exported(kind: str, products: str):
     """Export one block with products of one kind, its shapes from FLUX.1-dev, its values none."""
     from types import SimpleNamespace
-    from unittest import mock
 
-    from torchao.quantization import quant_api
     from torchao.utils import unwrap_tensor_subclass
 
     from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
@@ -44,7 +43,7 @@ def exported(kind: str, products: str):
     pipeline = SimpleNamespace(transformer=transformer)
     settings = on(granularity="row", filter="blocks")
     if products != "bf16":
-        with mock.patch.object(quant_api, "_check_hardware_support", lambda granularity: None):
+        with emulation.float8():
             quant.apply(pipeline, SimpleNamespace(plan={"quant": settings}))
     if products == "deferred":
         deferred_scales.apply(pipeline, None)

@@ -1,12 +1,12 @@
 """What the tests share: the bundled checkpoint, runs described by flags, the eager reference."""
 
 import os
-import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
 import pytest
 
+from tests import emulation
 from utils.benchmark_utils import create_parser
 from utils.prepare import prepare
 from utils.quiet import quiet_libraries
@@ -58,20 +58,7 @@ def own_cache_directory(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def row_scales_on_cpu():
     """Let a CPU multiply float8 with row scales where torch's own product (2.11's) refuses them."""
-    import torch
-
-    def product(x, w, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, fast=False):
-        out = (x.float() @ w.float()) * scale_a * scale_b
-        return (out if bias is None else out + bias.float()).to(out_dtype)
-
-    x = torch.ones(16, 16).to(torch.float8_e4m3fn)
-    scales = torch.ones(16, 1), torch.ones(1, 16)
-    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a kernel that is overridden: that is wanted
-        try:
-            torch._scaled_mm(x, x.t(), *scales, out_dtype=torch.bfloat16)
-        except RuntimeError:
-            library.impl("_scaled_mm", product, "CPU")
+    with emulation.products(where_refused=True):
         yield
 
 
@@ -93,14 +80,25 @@ def reference():
 
 
 @pytest.fixture
-def float8_on_cpu(monkeypatch):
-    """Let torchao quantise on a CPU, whose products run through the same torch._scaled_mm."""
-    import torchao.quantization.quant_api as quant_api
+def cpu_float8():
+    """Let torchao quantise to float8 on a CPU, whose products run through torch._scaled_mm."""
+    with emulation.float8():
+        yield
 
+
+@pytest.fixture
+def float8_on_cpu(cpu_float8, monkeypatch):
+    """The same, and step quant believes that this machine has such products."""
     from utils.steps import quant
 
-    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
     monkeypatch.setattr(quant, "lacking", lambda machine, dtype="float8": "")
+
+
+@pytest.fixture
+def emulated(cpu_float8):
+    """Let torchao quantise to MXFP8 and NVFP4, too, multiplied in fp32."""
+    with emulation.blocks():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 
 from tests.test_attention import head_errors
 from utils.kernels import modulate, norm_rope
+from utils.kernels.rotation import rotate_heads
 
 KINDS = ("random", "large", "tiny", "constant", "outliers")
 ROWS = [(1, 5, 256), (2, 7, 3072), (3, 1, 200)]  # B, S, D; the last is no power of two, nor of 16
@@ -156,11 +157,13 @@ def _compare(outputs, twins, truth, float8) -> dict:
 
 
 def of_heads(kind: str, case, run=norm_rope.launch_norm_rope, device="cpu") -> list[dict]:
-    """Compare norm_rope, each head by itself, in both precisions."""
-    inputs = heads(kind, case, device)
-    truth, found = true_norm_rope(*inputs), []
-    for float8 in (False, True):
-        outputs, twins = run(*inputs, float8), norm_rope.plain_norm_rope(*inputs, float8)
+    """Compare norm_rope, each head by itself: bf16, float8, and float8 behind the rotation."""
+    inputs, found = heads(kind, case, device), []
+    for float8, rotate in ((False, False), (True, False), (True, True)):
+        truth = true_norm_rope(*inputs)
+        truth[:2] = [rotate_heads(x) for x in truth[:2]] if rotate else truth[:2]
+        outputs = run(*inputs, float8, rotate)
+        twins = norm_rope.plain_norm_rope(*inputs, float8, rotate)
         values = outputs[:3]
         if float8:
             pairs = zip(values, outputs[3:], strict=True)
@@ -178,6 +181,7 @@ def of_heads(kind: str, case, run=norm_rope.launch_norm_rope, device="cpu") -> l
                     "kernel": f"norm_rope {name}",
                     "kind": kind,
                     "float8": float8,
+                    "rotate": rotate,
                     "error": error,
                     "differs": differing(outputs[i], twins[i]),
                 }

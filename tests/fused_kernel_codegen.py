@@ -23,6 +23,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from utils.kernels.flash_attention import quantize_heads
 from utils.kernels.modulate import launch_gelu_quantize, launch_norm_modulate
 from utils.kernels.norm_rope import launch_norm_rope
+from utils.kernels.rotation import rotate_heads
 
 TXT, IMG, H, D, C = 512, 4096, 24, 128, 3072  # FLUX.1-dev, 1024x1024, one image
 ALL = TXT + IMG
@@ -49,28 +50,29 @@ def plain_gelu(mlp, attention):
     return torchao_rows(torch.cat([attention, F.gelu(mlp, approximate="tanh")], dim=2))
 
 
-def _plain_heads(streams, norms, cos, sin, float8):
+def _plain_heads(streams, norms, cos, sin, float8, rotate=False):
     parts = [[x.unflatten(-1, (H, D)) for x in stream.chunk(3, -1)] for stream in streams]
     for part, (norm_q, norm_k) in zip(parts, norms, strict=True):
         part[0] = F.rms_norm(part[0], (D,), norm_q, 1e-6)
         part[1] = F.rms_norm(part[1], (D,), norm_k, 1e-6)
     q, k, v = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts, strict=True))
     q, k = (apply_rotary_emb(x, (cos, sin), sequence_dim=1) for x in (q, k))
+    q, k = (rotate_heads(x.float()) for x in (q, k)) if rotate else (q, k)
     return [y for x in (q, k, v) for y in quantize_heads(x)] if float8 else [q, k, v]
 
 
-def _fused_heads(streams, norms, cos, sin, float8):
+def _fused_heads(streams, norms, cos, sin, float8, rotate=False):
     *txt, img = ([x.unflatten(-1, (H, D)) for x in stream.chunk(3, -1)] for stream in streams)
     weights = [x for pair in reversed(norms) for x in pair]
-    return launch_norm_rope(img, txt[0] if txt else [], weights, cos, sin, 1e-6, float8)
+    return launch_norm_rope(img, txt[0] if txt else [], weights, cos, sin, 1e-6, float8, rotate)
 
 
-def _double(run, float8):
-    return lambda t, i, a, b, c, d, cos, sin: run((t, i), ((a, b), (c, d)), cos, sin, float8)
+def _double(run, *how):
+    return lambda t, i, a, b, c, d, cos, sin: run((t, i), ((a, b), (c, d)), cos, sin, *how)
 
 
-def _single(run, float8):
-    return lambda i, a, b, cos, sin: run((i,), ((a, b),), cos, sin, float8)
+def _single(run, *how):
+    return lambda i, a, b, cos, sin: run((i,), ((a, b),), cos, sin, *how)
 
 
 ROW, WEIGHT = ((1, C), torch.bfloat16), ((D,), torch.bfloat16)
@@ -89,6 +91,12 @@ PLACES = {  # name: inputs, plain, ours
     "GELU, float8": ([tokens(ALL, 4 * C), tokens(ALL, C)], plain_gelu, launch_gelu_quantize),
     "double block's heads, float8": (DOUBLE, _double(_plain_heads, 1), _double(_fused_heads, 1)),
     "single block's heads, float8": (SINGLE, _single(_plain_heads, 1), _single(_fused_heads, 1)),
+    "double block's heads, rotated": (
+        *(DOUBLE, _double(_plain_heads, 1, 1), _double(_fused_heads, 1, 1)),
+    ),
+    "single block's heads, rotated": (
+        *(SINGLE, _single(_plain_heads, 1, 1), _single(_fused_heads, 1, 1)),
+    ),
     "double block's heads, bf16": (DOUBLE, _double(_plain_heads, 0), _double(_fused_heads, 0)),
     "single block's heads, bf16": (SINGLE, _single(_plain_heads, 0), _single(_fused_heads, 0)),
 }

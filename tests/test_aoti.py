@@ -19,11 +19,11 @@ def test_shell_shares_every_tensor_and_leaves_the_module_alone():
 
 
 @pytest.mark.slow
-def test_float8_rows_with_guidance_in_bf16(monkeypatch, tmp_path):
+def test_float8_rows_with_guidance_in_bf16(tmp_path):
     from torchao.quantization import PerRow
 
     model = make_transformer(torch.bfloat16, guidance=True)
-    quantise(model, PerRow(), monkeypatch)
+    quantise(model, PerRow())
     call = {
         name: value.bfloat16() if isinstance(value, torch.Tensor) else value
         for name, value in transformer_call(guidance=torch.tensor([4.0])).items()
@@ -41,7 +41,7 @@ def test_float8_rows_with_guidance_in_bf16(monkeypatch, tmp_path):
     assert type(model.transformer_blocks[0].attn.to_q) is torch.nn.Linear
 
     other_model = make_transformer(torch.bfloat16, seed=3, guidance=True)
-    quantise(other_model, PerRow(), monkeypatch)
+    quantise(other_model, PerRow())
     with torch.no_grad():
         truth = other_model(**call)[0]
     component = aoti.Component("transformer", other_model)
@@ -51,7 +51,7 @@ def test_float8_rows_with_guidance_in_bf16(monkeypatch, tmp_path):
     assert relative_error(found, truth) < 0.02
 
 
-def test_scales_per_tensor_are_part_of_the_identity(monkeypatch):
+def test_scales_per_tensor_are_part_of_the_identity():
     """One-element scales are folded into the code, so other values mean another package."""
     from torchao.quantization import PerRow, PerTensor
 
@@ -59,10 +59,10 @@ def test_scales_per_tensor_are_part_of_the_identity(monkeypatch):
     for factor in (1, 1, 2):
         model = make_transformer(torch.bfloat16)
         model.transformer_blocks[0].ff.net[2].weight.mul_(factor)
-        quantise(model, PerTensor(), monkeypatch)
+        quantise(model, PerTensor())
         digests.append(aoti.folded_values(aoti.Component("transformer", model).weights()))
     assert digests[0] == digests[1] != digests[2]
-    quantise(by_row := make_transformer(torch.bfloat16), PerRow(), monkeypatch)
+    quantise(by_row := make_transformer(torch.bfloat16), PerRow())
     assert aoti.folded_values(aoti.Component("transformer", by_row).weights()) is None
 
 

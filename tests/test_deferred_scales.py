@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_args
-from test_quant import FEW, H200, arguments, cpu_float8, on_cuda  # noqa: F401 (a fixture)
+from test_quant import FEW, H200, arguments, on_cuda
 
 from tests.flux_pieces import inputs, pipeline, relative_error, transformer
 from utils.errors import UserError
@@ -102,7 +102,7 @@ def layers(rows: int, columns: int, bias: bool):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), [(64, 256), (48, 3072), (16, 15360)])
-def test_as_near_to_float64_as_torchaos_own_product(cpu_float8, rows, columns, bias):  # noqa: F811
+def test_as_near_to_float64_as_torchaos_own_product(cpu_float8, rows, columns, bias):
     exact, row, behind = layers(rows, columns, bias)
     x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(1))
     x[:, 0] *= 1e4  # one token and one channel far out
@@ -122,7 +122,7 @@ def test_as_near_to_float64_as_torchaos_own_product(cpu_float8, rows, columns, b
     assert not behind(torch.zeros_like(x)).isnan().any()
 
 
-def test_the_unscaled_sum_cannot_overflow(cpu_float8):  # noqa: F811
+def test_the_unscaled_sum_cannot_overflow(cpu_float8):
     _, _, behind = layers(16, 15360, bias=False)
     largest = torch.full_like(behind.weight.qdata, 448)
     behind.weight.qdata.copy_(largest)
@@ -130,7 +130,7 @@ def test_the_unscaled_sum_cannot_overflow(cpu_float8):  # noqa: F811
     assert out.isfinite().all() and (out > 0).all()
 
 
-def test_every_float8_product_is_bare_and_the_model_stays(cpu_float8):  # noqa: F811
+def test_every_float8_product_is_bare_and_the_model_stays(cpu_float8):
     pipe = pipeline()
     plain = pipe.transformer(**inputs(2, **FEW))[0]
     fused_projections.apply(pipe, SimpleNamespace())
@@ -168,7 +168,7 @@ def test_every_float8_product_is_bare_and_the_model_stays(cpu_float8):  # noqa: 
 
 
 @pytest.mark.slow
-def test_a_package_reads_the_live_weights_and_scales(cpu_float8, tmp_path):  # noqa: F811
+def test_a_package_reads_the_live_weights_and_scales(cpu_float8, tmp_path):
     from aoti_pieces import packaged
 
     pair = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.GELU(), torch.nn.Linear(48, 64))

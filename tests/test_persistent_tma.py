@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_args
-from test_quant import FEW, H200, arguments, cpu_float8  # noqa: F401 (a fixture)
+from test_quant import FEW, H200, arguments
 
 from tests.flux_pieces import inputs, pipeline, relative_error
 from utils.errors import UserError
@@ -53,7 +53,7 @@ def test_the_compiler_is_told_and_knows_the_switch():
     assert SWITCH in torch._inductor.list_options()
 
 
-def test_no_float8_product_keeps_its_bias_and_the_numbers_stay(cpu_float8):  # noqa: F811
+def test_no_float8_product_keeps_its_bias_and_the_numbers_stay(cpu_float8):
     pipe = pipeline()
     plain = pipe.transformer(**inputs(2, **FEW))[0]
     fused_projections.apply(pipe, SimpleNamespace())

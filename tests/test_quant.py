@@ -20,16 +20,6 @@ ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 FEW = {"text": 3, "height": 1, "width": 5}  # tokens: torch's float8 product on a CPU is a slow one
 
 
-@pytest.fixture
-def cpu_float8(monkeypatch):
-    """Let torchao quantise on a CPU: its kernels run there, only its check refuses."""
-    import torchao.float8.inference
-    import torchao.quantization.quant_api
-
-    for module in (torchao.quantization.quant_api, torchao.float8.inference):
-        monkeypatch.setattr(module, "_check_hardware_support", lambda granularity: None)
-
-
 def arguments(granularity="row", which="blocks", **others):
     return SimpleNamespace(plan={"quant": on(granularity=granularity, filter=which)}, **others)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_args
-from test_quant import FEW, H200, checked, cpu_float8, expected_layers  # noqa: F401 (a fixture)
+from test_quant import FEW, H200, checked, expected_layers
 
 from tests.flux_pieces import inputs, relative_error, transformer
 from utils import roofline
@@ -27,27 +27,6 @@ SETTINGS = {
     "nvfp4": {"granularity": "block", "filter": "blocks", "dtype": "nvfp4", "cast": "torch"},
 }
 ROW = {"granularity": "row", "filter": "blocks", "dtype": "e4m3fn"}
-
-
-@pytest.fixture
-def emulated(monkeypatch, cpu_float8):  # noqa: F811
-    """Let torchao quantise here, and multiply what it has quantised in fp32."""
-    from torchao.prototype import mx_formats
-    from torchao.prototype.mx_formats import inference_workflow, nvfp4_tensor
-    from torchao.quantization.quantize_.common import KernelPreference
-
-    def dispatch(a, b, op, bias=None):
-        out = (a.dequantize(torch.float32) @ b.dequantize(torch.float32)).to(a.orig_dtype)
-        return out if bias is None else out + bias
-
-    config = mx_formats.MXDynamicActivationMXWeightConfig
-    monkeypatch.setattr(inference_workflow, "is_sm_at_least_100", lambda: True)
-    monkeypatch.setattr(nvfp4_tensor, "_addmm_nvfp4_dispatch", dispatch)
-    monkeypatch.setattr(
-        mx_formats,
-        "MXDynamicActivationMXWeightConfig",
-        lambda: config(kernel_preference=KernelPreference.EMULATED),
-    )
 
 
 def small() -> SimpleNamespace:

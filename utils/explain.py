@@ -112,6 +112,7 @@ def _settle(args, machine: Machine):
             args.fa3_dtype,
             args.attention_backend,
             probe=lambda backend, fp8: (backend, ""),  # what would run if it were installed
+            rotation=args.fa3_rotation,
         )
     if attention.state == "refused":
         raise UserError(attention.reason)

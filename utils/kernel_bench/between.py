@@ -70,10 +70,10 @@ def true_gelu(mlp, attention=None) -> list[torch.Tensor]:
     return [out if attention is None else torch.cat([attention.float(), out], dim=-1)]
 
 
-def true_norm_rope(img, txt, norms, cos, sin) -> list[torch.Tensor]:
+def true_norm_rope(img, txt, norms, cos, sin, rotate=False) -> list[torch.Tensor]:
     """Normalise and turn in fp32."""
     img, txt, norms = _fp32((img, txt, norms))
-    outputs = norm_rope.plain_norm_rope(img, txt, norms, cos, sin, EPS)
+    outputs = norm_rope.plain_norm_rope(img, txt, norms, cos, sin, EPS, rotate=rotate)
     return outputs if txt else [*outputs, img[2]]  # V, which only a cast would touch
 
 
@@ -128,13 +128,14 @@ def places(setting: Setting) -> list[Place]:
             FP8_BOUND,
         )
 
-    def rope_place(name: str, image: int, text: int, float8: bool) -> Place:
+    def rope_place(name: str, image: int, text: int, float8: bool, rotate=False) -> Place:
+        how = {"eps": EPS, "float8": float8, "rotate": rotate}
         return Place(
             name,
             partial(rope, image, text),
-            partial(norm_rope.norm_rope, eps=EPS, float8=float8),
-            partial(norm_rope.plain_norm_rope, eps=EPS, float8=float8),
-            true_norm_rope,
+            partial(norm_rope.norm_rope, **how),
+            partial(norm_rope.plain_norm_rope, **how),
+            partial(true_norm_rope, rotate=rotate),
             _heads,
             FP8_BOUND if float8 else BF16_BOUND,
         )
@@ -146,6 +147,7 @@ def places(setting: Setting) -> list[Place]:
         gelu_place(f"gelu-{image}", image, joined=False),
         rope_place(f"norm-rope-fp8-{single}", single, 0, float8=True),
         rope_place(f"norm-rope-fp8-{text}+{image}", image, text, float8=True),
+        rope_place(f"norm-rope-rotated-{text}+{image}", image, text, float8=True, rotate=True),
         rope_place(f"norm-rope-bf16-{text}+{image}", image, text, float8=False),
     ]
 

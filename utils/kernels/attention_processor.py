@@ -4,6 +4,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from utils.kernels.flash_attention import BACKENDS, flash_attn_func, quantize_heads
+from utils.kernels.rotation import rotate_heads
 
 
 def _project(attn, hidden_states, encoder_hidden_states):
@@ -40,22 +41,26 @@ class FlashFusedFluxAttnProcessor3_0:
     """Replace FluxAttnProcessor: one attention op, optionally with queries, keys, values in fp8.
 
     With fp8, each (batch, head) has its own scale (quantize_heads), written in plain torch, which
-    Inductor fuses as far as it can (`--fused_kernels` goes further).
+    Inductor fuses as far as it can (`--fused_kernels` goes further). `rotate` turns queries and
+    keys before (utils/kernels/rotation.py).
     """
 
     # diffusers looks for both on every processor; without them its setters skip this one silently
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, backend: str, fp8: bool = False):
+    def __init__(self, backend: str, fp8: bool = False, rotate: bool = False):
         """Choose the kernel.
 
-        Raises: ValueError for an unknown backend.
+        Raises: ValueError for an unknown backend, and for a rotation that nothing would need.
         """
         if backend not in BACKENDS:
             raise ValueError(f"attention backend: got {backend!r}, expected one of {BACKENDS}")
+        if rotate and not fp8:
+            raise ValueError("rotate: only in front of a float8 cast")
         self.backend = backend
         self.fp8 = fp8
+        self.rotate = rotate
 
     def __call__(
         self,
@@ -85,6 +90,8 @@ class FlashFusedFluxAttnProcessor3_0:
             q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
             k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
 
+        if self.rotate:
+            q, k = rotate_heads(q.float()), rotate_heads(k.float())
         if self.fp8:
             q, q_descale = quantize_heads(q)
             k, k_descale = quantize_heads(k)

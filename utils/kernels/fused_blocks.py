@@ -54,7 +54,8 @@ def attend(attn, img: list, txt: list | None, rope: tuple[torch.Tensor, torch.Te
     if txt is not None:
         norms += [attn.norm_added_q.weight, attn.norm_added_k.weight]
         txt = _heads(attn, txt, "to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj"))
-    inputs = norm_rope(img, txt or [], norms, *rope, attn.norm_q.eps, processor.fp8)
+    how = (attn.norm_q.eps, processor.fp8, processor.rotate)
+    inputs = norm_rope(img, txt or [], norms, *rope, *how)
     if len(inputs) == 2:
         inputs = [*inputs, img[2]]  # one stream in bf16: its V is where it should be
     out = flash_attn_func(*inputs, backend=processor.backend)

@@ -8,7 +8,8 @@ With float8 each (batch, head) has one scale, as in quantize_heads, but Q's and 
 the data: RMSNorm bounds a head's values by sqrt(D) times its largest weight, and RoPE keeps the
 length of a pair. e4m3 is a floating-point format, so a scale that is some times too large costs
 range at the small end and no precision. V has no such bound: its largest magnitudes come out of
-the same pass, and a second one (`cast_heads_kernel`) casts it.
+the same pass, and a second one (`cast_heads_kernel`) casts it. With `rotate` Q and K are turned on
+their way (utils/kernels/rotation.py).
 
 triton_op, CPU twins and rounding as in utils/kernels/modulate.py. Backward: none.
 """
@@ -19,8 +20,10 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from utils.kernels.flash_attention import E4M3, E4M3_MAX, TINY
+from utils.kernels.rotation import FACTOR, rotate_halves, rotate_heads
 
 _TINY = tl.constexpr(TINY)
+_FACTOR = tl.constexpr(FACTOR)
 
 
 def bound(head_dim: int) -> float:
@@ -31,7 +34,7 @@ def bound(head_dim: int) -> float:
     return head_dim**0.5 / E4M3_MAX
 
 
-def plain_norm_rope(img, txt, norms, cos, sin, eps, float8=False) -> list[torch.Tensor]:
+def plain_norm_rope(img, txt, norms, cos, sin, eps, float8=False, rotate=False) -> list:
     """Do what `norm_rope` does, in torch."""
     streams = [(img, norms[:2])] if not txt else [(txt, norms[2:]), (img, norms[:2])]
     cos, sin = (x[None, :, None, ::2].float() for x in (cos, sin))  # [1, S, 1, D/2]
@@ -47,6 +50,7 @@ def plain_norm_rope(img, txt, norms, cos, sin, eps, float8=False) -> list[torch.
         x = torch.cat([_rms_norm(tensors[i], weight, eps) for (tensors, _), weight in pairs], dim=1)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         x = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+        x = rotate_heads(x) if rotate else x
         outputs.append(x.to(E4M3 if float8 else img[0].dtype))
     v = torch.cat([tensors[2] for tensors, _ in streams], dim=1)
     if not float8:
@@ -84,14 +88,19 @@ def _descale(even, odd, other_ptr, bound, TEXT: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _turn(x, even, odd, cos, sin, eps, HEADS: tl.constexpr, D: tl.constexpr):
-    """Apply RMSNorm and RoPE to (HEADS, D)."""
+def _turn(x, even, odd, cos, sin, eps, HEADS: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr):
+    """Apply RMSNorm, RoPE and, but for its factor, rotate_heads to (HEADS, D)."""
     x = x.to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
     x_even, x_odd = tl.split(tl.reshape(x, (HEADS, D // 2, 2)))
     x_even, x_odd = x_even * even[None, :], x_odd * odd[None, :]
-    x = tl.join(x_even * cos - x_odd * sin, x_odd * cos + x_even * sin)
-    return tl.reshape(x, (HEADS, D))
+    x_even, x_odd = x_even * cos - x_odd * sin, x_odd * cos + x_even * sin
+    if ROTATE:
+        x = tl.reshape(tl.join(x_even + x_odd, x_even - x_odd), (HEADS, D))
+        x = rotate_halves(x, HEADS, D)
+    else:
+        x = tl.reshape(tl.join(x_even, x_odd), (HEADS, D))
+    return x
 
 
 @triton.jit
@@ -126,6 +135,7 @@ def norm_rope_kernel(
     HEADS: tl.constexpr,  # heads at a time, a divisor of H
     TEXT: tl.constexpr,
     FLOAT8: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):
     """Handle all heads of one token (program_id 0) of one batch entry (program_id 1)."""
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -148,6 +158,9 @@ def norm_rope_kernel(
                 tl.store(k_descale_ptr + batch * H + head, k_descale)
         q_even, q_odd = q_even / q_descale, q_odd / q_descale
         k_even, k_odd = k_even / k_descale, k_odd / k_descale
+    if ROTATE:
+        q_even, q_odd = q_even * _FACTOR, q_odd * _FACTOR
+        k_even, k_odd = k_even * _FACTOR, k_odd * _FACTOR
     pair = token * D + 2 * tl.arange(0, D // 2)
     cos, sin = tl.load(cos_ptr + pair)[None, :], tl.load(sin_ptr + pair)[None, :]
     row = (batch * tokens + token) * H
@@ -155,8 +168,8 @@ def norm_rope_kernel(
         heads = first + tl.arange(0, HEADS)
         offsets = heads[:, None] * D + tl.arange(0, D)[None, :]
         target = row * D + offsets
-        q = _turn(tl.load(q_ptr + offsets), q_even, q_odd, cos, sin, eps, HEADS, D)
-        k = _turn(tl.load(k_ptr + offsets), k_even, k_odd, cos, sin, eps, HEADS, D)
+        q = _turn(tl.load(q_ptr + offsets), q_even, q_odd, cos, sin, eps, HEADS, D, ROTATE)
+        k = _turn(tl.load(k_ptr + offsets), k_even, k_odd, cos, sin, eps, HEADS, D, ROTATE)
         if FLOAT8:
             v = tl.load(v_ptr + offsets).to(tl.float32)
             tl.store(v_out_ptr + row + heads, tl.max(tl.abs(v), 1))
@@ -229,7 +242,7 @@ def _check(img, txt, norms, cos, sin) -> None:
         raise ValueError(f"norm_rope: a weight of {shape[3]} for Q and K of each stream")
 
 
-def launch_norm_rope(img, txt, norms, cos, sin, eps, float8=False) -> list[torch.Tensor]:
+def launch_norm_rope(img, txt, norms, cos, sin, eps, float8=False, rotate=False) -> list:
     """Do what `norm_rope` does, by its kernels."""
     img, cos, sin = _one_layout(img), cos.contiguous(), sin.contiguous()
     other, weights = (_one_layout(txt), norms) if txt else (img, [*norms, *norms])
@@ -266,6 +279,7 @@ def launch_norm_rope(img, txt, norms, cos, sin, eps, float8=False) -> list[torch
         bound(head_dim),
         **sizes,
         FLOAT8=float8,
+        ROTATE=rotate,
     )
     if not float8:
         return [q, k, v] if txt else [q, k]
@@ -285,6 +299,7 @@ def norm_rope(
     sin: torch.Tensor,
     eps: float,
     float8: bool = False,
+    rotate: bool = False,
 ) -> list[torch.Tensor]:
     """Normalise and turn Q and K of both streams, and join them and V, text first.
 
@@ -295,9 +310,9 @@ def norm_rope(
         first, (D,) each; cos, sin (T + S, D) fp32
         -> [q, k, v] (B, T + S, H, D) contiguous, of img's dtype; without text v is left out, since
         it is img's; with float8 [q, k, v, q_descale, k_descale, v_descale] as flash_attn_func
-        takes them, e4m3 and (B, H) fp32.
+        takes them, e4m3 and (B, H) fp32. With rotate Q and K as rotate_heads leaves them.
     Raises: ValueError on shapes that do not belong together.
     """
     _check(img, txt, norms, cos, sin)
     run = launch_norm_rope if img[0].is_cuda else plain_norm_rope
-    return run(img, txt, norms, cos, sin, eps, float8)
+    return run(img, txt, norms, cos, sin, eps, float8, rotate)

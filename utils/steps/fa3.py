@@ -2,7 +2,9 @@
 
 After the projections are fused (it calls fused and separate ones alike), before anything that
 traces. On Hopper FlashAttention-3, in float8 with one scale per batch and head unless quantisation
-is off: a run that calls itself lossless is lossless. The whole table is `choose()`.
+is off: a run that calls itself lossless is lossless. The whole table is `choose()`. With
+`--fa3_rotation` Q and K are turned before that cast, which halves its error
+(utils/kernels/rotation.py; `python -m tests.lossy_pictures`).
 
 By name only: `int8` (comfy-kitchen, sm75 or newer), whose Q, K, V and P are 8-bit integers. Its
 twin (utils/kernels/int8_attention.py) errs by 0.01 to 0.02 where float8 errs by 0.04 to 0.05,
@@ -46,6 +48,12 @@ def add_flags(parser) -> None:
         "--fa3_dtype",
         choices=["fp8", "bf16"],
         help="precision of FlashAttention-3 (default: fp8 on Hopper, bf16 with --disable_quant)",
+    )
+    parser.add_argument(
+        "--fa3_rotation",
+        action="store_true",
+        help="turn Q and K by a Hadamard matrix before their float8 cast: half the error (its time "
+        "is unmeasured, so off by default)",
     )
     parser.add_argument(
         "--attention_backend",
@@ -129,6 +137,7 @@ def choose(
     fa3_dtype: str | None = None,
     backend: str = "auto",
     probe: Callable[[str, bool], tuple[str, str]] = probe,
+    rotation: bool = False,
 ) -> Verdict:
     """Decide backend and precision from the machine, the run's dtype and the flags.
 
@@ -154,6 +163,11 @@ def choose(
             "GPU in bf16; leave out --fa3_dtype, or --disable_fa3"
         )
     fp8 = name == "fa3" and (fa3_dtype or ("bf16" if quant_disabled else "fp8")) == "fp8"
+    if rotation and not fp8:
+        return refused(
+            f"--fa3_rotation: found {here} with {name} and no float8 attention, expected "
+            "FlashAttention-3 in fp8 on a Hopper GPU; leave out --fa3_rotation"
+        )
 
     package, problem = probe(name, fp8)
     if problem and name in TORCH_HAS and backend == "auto":
@@ -168,6 +182,8 @@ def choose(
         )
     precision = "fp8" if fp8 else "int8" if name == "int8" else "fp32" if fp32 else "bf16"
     settings = {"backend": name, "dtype": precision, "package": package}
+    if rotation:
+        settings["rotation"] = "Hadamard"
     if why:
         settings["why"] = why
     return Verdict("on", lossless=precision in ("bf16", "fp32"), settings=settings)
@@ -184,6 +200,7 @@ def check(args) -> Verdict:
         args.fa3_dtype,
         args.attention_backend,
         probe,  # looked up at the call: a test can put another in its place
+        args.fa3_rotation,
     )
 
 
@@ -206,5 +223,9 @@ def apply(pipeline, args) -> None:
             )
     settings = args.plan[NAME].settings
     pipeline.transformer.set_attn_processor(
-        FlashFusedFluxAttnProcessor3_0(settings["backend"], fp8=settings["dtype"] == "fp8")
+        FlashFusedFluxAttnProcessor3_0(
+            settings["backend"],
+            fp8=settings["dtype"] == "fp8",
+            rotate="rotation" in settings,
+        )
     )

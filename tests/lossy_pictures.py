@@ -1,0 +1,121 @@
+"""What each lossy number format does to the pictures of the trained checkpoints, on a CPU.
+
+    python -m tests.lossy_pictures --ckpt tiny-dev   # a row a format, to results/quality/cpu.jsonl
+    python -m tests.lossy_pictures --table           # the table of docs/performance.md
+
+Casts and scales are those of a GPU (tests/emulation.py; attention by the twins in utils/kernels/),
+sums are fp32, so a GPU's pictures differ from these by rounding. Scores are those of any row: eight
+pictures against bf16 eager's, with another seed's distance for scale.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+from tests import emulation
+from utils import card, results
+from utils.steps import on
+
+RESULTS = Path(__file__).parents[1] / "results/quality/cpu.jsonl"
+E4M3 = {"dtype": "e4m3fn", "granularity": "row"}
+LINEAR = on(False, filter="blocks", **E4M3)
+ATTENTION = on(False, backend="fa3", dtype="fp8")
+ROTATED = on(False, backend="fa3", dtype="fp8", rotation="Hadamard")
+FORMATS = {  # the steps that are on
+    "float8 Linears (row)": {"quant": LINEAR},
+    "float8 Linears (tensor)": {
+        "quant": on(False, **E4M3 | {"granularity": "tensor"}, filter="blocks")
+    },
+    "float8 for every Linear (tensor)": {
+        "quant": on(False, **E4M3 | {"granularity": "tensor"}, filter="all")
+    },
+    "float8 attention": {"fa3": ATTENTION},
+    "float8 Linears (row) and attention": {"quant": LINEAR, "fa3": ATTENTION},
+    "float8 attention, rotated": {"fa3": ROTATED},
+    "float8 Linears (row) and attention, rotated": {"quant": LINEAR, "fa3": ROTATED},
+    "int8 attention": {"fa3": on(False, backend="int8", dtype="int8")},
+    "T5 in float8": {"text_quant": on(False, **E4M3)},
+    "MXFP8 Linears": {"quant": on(False, granularity="block", filter="blocks", dtype="mxfp8")},
+    "NVFP4 Linears": {
+        "quant": on(False, granularity="block", filter="blocks", dtype="nvfp4", cast="torch")
+    },
+}
+
+
+def settled(ckpt: str):
+    """Settle a run of a bundled checkpoint on a CPU."""
+    from utils.benchmark_utils import create_parser
+    from utils.checkpoints import BUNDLED_DIR
+    from utils.prepare import prepare
+
+    image = ["--image", str(BUNDLED_DIR / "source.png")] * (ckpt == "tiny-kontext")
+    args = create_parser().parse_args(["--device", "cpu", "--ckpt", ckpt, *image])
+    prepare(args)
+    return args
+
+
+def measure(args, prompts: list[str], plan: dict, kept: dict) -> dict:
+    """Draw the prompts with these steps on, and compare them with the reference.
+
+    Returns: scores, as utils/reference.py gives them.
+    """
+    from utils import quality, reference
+    from utils.pipeline_utils import STEPS, load_pipeline
+
+    pipeline, args = load_pipeline(args), copy.copy(args)
+    args.plan = args.plan | plan
+    with emulation.float8(), emulation.products(), emulation.blocks():
+        for step in STEPS:
+            if step.NAME in plan:
+                step.apply(pipeline, args)
+        result = quality.run(pipeline, args, prompts)
+    return reference.scores(result, kept, args, prompts)
+
+
+def table(rows: list[dict]) -> str:
+    """Render rows in Markdown: a line a format, two columns a checkpoint."""
+    kinds = list(dict.fromkeys(row["ckpt"] for row in rows))
+    lines = ["| format | " + " | ".join(f"{kind}, dB | latents" for kind in kinds) + " |"]
+    lines.append("| --- |" + " --- | --- |" * len(kinds))
+    for name in dict.fromkeys(row["format"] for row in rows):
+        cells = []
+        for kind in kinds:
+            (row,) = (row for row in rows if (row["ckpt"], row["format"]) == (kind, name))
+            q = row["quality"]
+            above = q["psnr_db_mean"] - q["other_seed_psnr_db"]
+            cells.append(f"{q['psnr_db_mean']:.1f} ({q['psnr_db_worst']:.1f}), +{above:.0f}")
+            cells.append(f"{q['fp32_relative_l2'] / q['eager_fp32_relative_l2']:.1f}x")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every format on one checkpoint, or print the table."""
+    from utils import reference
+    from utils.pipeline_utils import load_pipeline
+    from utils.prompts import quality_prompts
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", choices=("tiny-schnell", "tiny-dev", "tiny-kontext"))
+    what.add_argument("--table", action="store_true")
+    own = parser.parse_args()
+    if own.table:
+        print(table([json.loads(line) for line in RESULTS.read_text().splitlines()]))
+        return
+    args = settled(own.ckpt)
+    prompts = quality_prompts(args)
+    kept, _ = reference.load_or_make(load_pipeline(args), args, prompts, with_fp32=True)
+    about = {"command": card.command(), "commit": card.commit(), "versions": card.versions()}
+    about["machine"] = args.machine.name
+    for name, plan in FORMATS.items():
+        scores = measure(args, prompts, plan, kept)
+        row = {"ckpt": own.ckpt, "format": name, "quality": scores, **about}
+        print(name, scores["psnr_db_mean"], scores["psnr_db_worst"], flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        results.append(RESULTS, [row])
+
+
+if __name__ == "__main__":
+    main()

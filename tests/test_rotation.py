@@ -1,0 +1,97 @@
+"""The Hadamard rotation of Q and K: what it is, what it does to float8 attention, and its flag."""
+
+import pytest
+import torch
+
+from tests.conftest import make_args
+from tests.flux_pieces import inputs, relative_error, transformer
+from tests.test_attention import head_errors, make, run_fp8, truth
+from tests.test_attention_choice import GPU, installed
+from utils.errors import UserError
+from utils.explain import explain
+from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
+from utils.kernels.flash_attention import flash_attn_func, quantize_heads
+from utils.kernels.rotation import STAGES, rotate_heads
+from utils.steps import fa3
+
+
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_the_matrix_is_orthogonal_and_spreads_a_channel_over_16(width):
+    matrix = rotate_heads(torch.eye(width, dtype=torch.float64))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64))
+    spread = 2 ** (STAGES + 1)
+    assert spread == 16
+    assert (matrix != 0).sum(0).eq(spread).all() and (matrix != 0).sum(1).eq(spread).all()
+    assert matrix[matrix != 0].abs().eq(spread**-0.5).all()
+
+
+def test_channels_that_are_mixed_are_a_pair_or_far_apart():
+    matrix = rotate_heads(torch.eye(128))
+    mixed = matrix[:, matrix[0] != 0].abs().sum(1).nonzero().flatten().tolist()
+    assert mixed == sorted(16 * i + j for i in range(8) for j in (0, 1))
+
+
+def errors(q, k, v, rotate: bool) -> float:
+    expected = truth(q, k, v)
+    q, k = (rotate_heads(x.float()) if rotate else x for x in (q, k))
+    return max(head_errors(run_fp8(q, k, v), expected))
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 3, 128), (1, 300, 2, 64)])
+def test_a_large_channel_costs_less(shape):
+    q, k, v = (make("random", shape, seed) for seed in range(3))
+    q[..., 7] *= 8
+    k[..., 7] *= 8
+    plain, rotated = (errors(q, k, v, rotate) for rotate in (False, True))
+    assert rotated < 0.6 * plain, (plain, rotated)
+
+
+@pytest.mark.parametrize("kind", ["random", "large", "tiny", "constant"])
+def test_other_inputs_lose_nothing(kind):
+    q, k, v = (make("random", (2, 33, 3, 128), seed) for seed in range(3))
+    q, k = make(kind, q.shape, 1), make(kind, q.shape, 2)
+    assert errors(q, k, v, True) < 1.1 * errors(q, k, v, False) + 0.005
+
+
+def test_the_processor_rotates(monkeypatch):
+    """Without a float8 cast behind it the picture stays, whatever the channels' order."""
+    call, expected = inputs(2, dtype=torch.float32), None
+    model = transformer(torch.float32)
+    expected = model(**call)[0]
+    model.set_attn_processor(FlashFusedFluxAttnProcessor3_0("fa3", fp8=True, rotate=True))
+    seen = []
+
+    def look(x):
+        seen.append(x)
+        return quantize_heads(x)
+
+    module = "utils.kernels.attention_processor"
+    monkeypatch.setattr(f"{module}.quantize_heads", look)
+    assert 0 < relative_error(model(**call)[0], expected) < 0.02
+    monkeypatch.setattr(f"{module}.quantize_heads", lambda x: (x, None))
+    monkeypatch.setattr(f"{module}.flash_attn_func", lambda q, k, v, *_: flash_attn_func(q, k, v))
+    assert relative_error(model(**call)[0], expected) < 1e-5
+    model.set_attn_processor(FlashFusedFluxAttnProcessor3_0("fa3", fp8=True))
+    monkeypatch.setattr(f"{module}.quantize_heads", lambda x: (seen.append(x), (x, None))[1])
+    first = len(seen)
+    model(**call)
+    for i, turned in ((0, True), (1, True), (2, False)):  # Q, K and V of the first block
+        assert torch.allclose(seen[i], seen[first + i], atol=1e-4) != turned
+        want = rotate_heads(seen[first + i]) if turned else seen[first + i]
+        torch.testing.assert_close(seen[i], want, rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_asked_for_and_goes_with_float8_attention_only():
+    def choose(machine="H200", **flags):
+        return fa3.choose(GPU[machine], torch.bfloat16, probe=installed, rotation=True, **flags)
+
+    assert choose().settings["rotation"] == "Hadamard" and not choose().lossless
+    assert "rotation" not in fa3.choose(GPU["H200"], torch.bfloat16, probe=installed).settings
+    for verdict in (choose("L40S"), choose(quant_disabled=True), choose(fa3_dtype="bf16")):
+        assert verdict.state == "refused" and "--fa3_rotation" in verdict.reason
+    with pytest.raises(UserError, match="--fa3_rotation: found"):
+        make_args("--device", "cpu", "--fa3_rotation")
+    with pytest.raises(UserError, match="--fa3_rotation: found"):
+        explain(make_args("--device", "cpu", "--fa3_rotation", checks=False), "A100")
+    with pytest.raises(ValueError, match="float8"):
+        FlashFusedFluxAttnProcessor3_0("fa3", rotate=True)
