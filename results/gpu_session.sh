@@ -171,6 +171,14 @@ for part in "$@"; do
       for flag in --persistent_tma "--fa3_dtype bf16" "--quant_granularity tensor" "--quant_filter all"; do
         row 140 "$flag" $SCHNELL $BLOCKS $flag
       done ;;
+    rotation) # float8 attention behind the Hadamard rotation: time on Dev, quality on tiny-dev
+      for turn in 1 2; do
+        row 110 "fp8-blocks $turn" $DEV $BLOCKS --num_runs 5
+        row 110 "fp8-blocks-rotation $turn" $DEV $BLOCKS --num_runs 5 --fa3_rotation --kernel_table
+      done
+      for flag in "" --fa3_rotation; do
+        FAST="" row 70 "tiny-dev $flag" --ckpt tiny-dev $BLOCKS $flag
+      done ;;
     fusion) # what is stored between the products: limits raised, scales behind, kernels of our own
       for flags in "" --fusion_limits "--fusion_limits --deferred_scales" --fused_kernels; do
         row 145 "fp8-blocks $flags" $DEV $BLOCKS --num_runs 5 --kernel_table $flags

@@ -17,6 +17,7 @@ from tests import emulation
 from utils import card, results
 from utils.steps import on
 
+CKPTS = ("tiny-schnell", "tiny-dev", "tiny-kontext")
 RESULTS = Path(__file__).parents[1] / "results/quality/cpu.jsonl"
 E4M3 = {"dtype": "e4m3fn", "granularity": "row"}
 LINEAR = on(False, filter="blocks", **E4M3)
@@ -98,7 +99,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ckpt", choices=("tiny-schnell", "tiny-dev", "tiny-kontext"))
+    what.add_argument("--ckpt", choices=CKPTS)
     what.add_argument("--table", action="store_true")
     own = parser.parse_args()
     if own.table:

@@ -41,6 +41,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "disable_quant",
     "drop_text_padding",
     "fa3_dtype",
+    "fa3_rotation",
     "fused_kernels",
     "fusion_limits",
     "fused_mlp",

@@ -10,7 +10,6 @@ from tests.test_attention_choice import GPU, installed
 from utils.errors import UserError
 from utils.explain import explain
 from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
-from utils.kernels.flash_attention import flash_attn_func, quantize_heads
 from utils.kernels.rotation import STAGES, rotate_heads
 from utils.steps import fa3
 
@@ -53,32 +52,56 @@ def test_other_inputs_lose_nothing(kind):
     assert errors(q, k, v, True) < 1.1 * errors(q, k, v, False) + 0.005
 
 
-def test_the_processor_rotates(monkeypatch):
-    """Without a float8 cast behind it the picture stays, whatever the channels' order."""
-    call, expected = inputs(2, dtype=torch.float32), None
+def large_channel(fp8: bool, rotate: bool):
+    """Give a transformer in which one channel of Q and K is large."""
     model = transformer(torch.float32)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight[5] *= 8
+    if fp8:
+        model.set_attn_processor(FlashFusedFluxAttnProcessor3_0("fa3", fp8=fp8, rotate=rotate))
+    return model
+
+
+def attending(fp8: bool, rotate: bool) -> torch.Tensor:
+    return large_channel(fp8, rotate)(**inputs(2, dtype=torch.float32))[0]
+
+
+def test_the_processor_rotates():
+    expected = attending(False, False)
+    plain, rotated = (relative_error(attending(True, r), expected) for r in (False, True))
+    assert 0 < rotated < 0.8 * plain, (plain, rotated)
+
+
+def test_the_processor_without_a_cast_is_diffusers(monkeypatch):
+    """The rotation alone changes nothing: Q K' stays, and V is not turned."""
+    from utils.kernels import fused_blocks
+    from utils.kernels.norm_rope import plain_norm_rope
+
+    def without_cast(img, txt, norms, cos, sin, eps, float8, rotate):
+        assert float8 and rotate
+        found = plain_norm_rope(img, txt, norms, cos, sin, eps, False, rotate)
+        return found if txt else [*found, img[2]]
+
+    monkeypatch.setattr(fused_blocks, "norm_rope", without_cast)
+    assert relative_error(attending(True, True), attending(False, False)) < 1e-5
+
+
+def test_it_traces_whole_and_exports():
+    from utils import aoti
+
+    model, call = large_channel(True, True), inputs(2, dtype=torch.float32)
     expected = model(**call)[0]
-    model.set_attn_processor(FlashFusedFluxAttnProcessor3_0("fa3", fp8=True, rotate=True))
-    seen = []
-
-    def look(x):
-        seen.append(x)
-        return quantize_heads(x)
-
-    module = "utils.kernels.attention_processor"
-    monkeypatch.setattr(f"{module}.quantize_heads", look)
-    assert 0 < relative_error(model(**call)[0], expected) < 0.02
-    monkeypatch.setattr(f"{module}.quantize_heads", lambda x: (x, None))
-    monkeypatch.setattr(f"{module}.flash_attn_func", lambda q, k, v, *_: flash_attn_func(q, k, v))
-    assert relative_error(model(**call)[0], expected) < 1e-5
-    model.set_attn_processor(FlashFusedFluxAttnProcessor3_0("fa3", fp8=True))
-    monkeypatch.setattr(f"{module}.quantize_heads", lambda x: (seen.append(x), (x, None))[1])
-    first = len(seen)
-    model(**call)
-    for i, turned in ((0, True), (1, True), (2, False)):  # Q, K and V of the first block
-        assert torch.allclose(seen[i], seen[first + i], atol=1e-4) != turned
-        want = rotate_heads(seen[first + i]) if turned else seen[first + i]
-        torch.testing.assert_close(seen[i], want, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert relative_error(compiled(**call)[0], expected) < 1e-5
+    component = aoti.Component("transformer", model)
+    component.inputs = component.bind((), call)[0]
+    program = aoti.export(component)
+    names = [str(node.target) for node in program.graph.nodes]
+    assert names.count("flux.norm_rope.default") == 3  # one in each block
+    assert relative_error(program.module()(**component.inputs)[0], expected) < 1e-5
 
 
 def test_it_is_asked_for_and_goes_with_float8_attention_only():

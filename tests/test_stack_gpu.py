@@ -96,6 +96,20 @@ def test_a_package_is_reused_by_the_next_run(tmp_path):
     assert image.tobytes() == expected.tobytes()
 
 
+def test_turned_queries_and_keys_lose_less(eager):
+    errors = []
+    for flags in ((), ("--fa3_rotation",)):
+        args = make_args(
+            *RUN, *flags, "--compile_export_mode", "compile", "--compile_scope", "blocks"
+        )
+        if args.plan["fa3"].settings.get("dtype") != "fp8":
+            pytest.skip("no float8 attention on this GPU")
+        torch._dynamo.reset()
+        result = quality.run(optimize(load_pipeline(args), args), args)
+        errors.append(quality.compare(result, eager)["latents_relative_l2"])
+    assert errors[1] < errors[0], errors
+
+
 @pytest.mark.parametrize("float8", [False, True], ids=["bf16", "float8"])
 def test_persistent_tma_keeps_the_picture(float8, eager):
     """Whatever kernels the compiler prefers, biases inside or behind the products."""

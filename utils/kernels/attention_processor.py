@@ -4,7 +4,6 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from utils.kernels.flash_attention import BACKENDS, flash_attn_func, quantize_heads
-from utils.kernels.rotation import rotate_heads
 
 
 def _project(attn, hidden_states, encoder_hidden_states):
@@ -42,7 +41,7 @@ class FlashFusedFluxAttnProcessor3_0:
 
     With fp8, each (batch, head) has its own scale (quantize_heads), written in plain torch, which
     Inductor fuses as far as it can (`--fused_kernels` goes further). `rotate` turns queries and
-    keys before (utils/kernels/rotation.py).
+    keys before (utils/kernels/rotation.py), by the kernel that step fused_kernels has for all this.
     """
 
     # diffusers looks for both on every processor; without them its setters skip this one silently
@@ -61,6 +60,10 @@ class FlashFusedFluxAttnProcessor3_0:
         self.backend = backend
         self.fp8 = fp8
         self.rotate = rotate
+        if rotate:  # in plain torch it would move 2.3 times the bytes of all the rest of this
+            from utils.kernels.fused_blocks import attend
+
+            self._attend = attend
 
     def __call__(
         self,
@@ -85,22 +88,11 @@ class FlashFusedFluxAttnProcessor3_0:
                 "set_attention_backend() and context parallelism do not reach this processor; "
                 "use --attention_backend, or --disable_fa3"
             )
-        q, k, v = _project(attn, hidden_states, encoder_hidden_states)
-        if image_rotary_emb is not None:
-            q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
-            k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
-
         if self.rotate:
-            q, k = rotate_heads(q.float()), rotate_heads(k.float())
-        if self.fp8:
-            q, q_descale = quantize_heads(q)
-            k, k_descale = quantize_heads(k)
-            v, v_descale = quantize_heads(v)
-            out = flash_attn_func(q, k, v, q_descale, k_descale, v_descale, self.backend)
+            context = None if encoder_hidden_states is None else [encoder_hidden_states]
+            out = self._attend(attn, [hidden_states], context, image_rotary_emb)
         else:
-            out = flash_attn_func(q, k, v, backend=self.backend)
-        out = out.flatten(2, 3).to(hidden_states.dtype)  # [B, T + S, C]
-
+            out = self._plain(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         if encoder_hidden_states is None:
             return out
         txt, img = out.split_with_sizes(
@@ -109,3 +101,18 @@ class FlashFusedFluxAttnProcessor3_0:
         # Dense as in diffusers: on a strided slice Linear takes another path, and rounds otherwise
         img, txt = img.contiguous(), txt.contiguous()
         return attn.to_out[1](attn.to_out[0](img)), attn.to_add_out(txt)
+
+    def _plain(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb):
+        """Project, turn and attend in plain torch around the op. Shapes: -> (B, T + S, C)"""
+        q, k, v = _project(attn, hidden_states, encoder_hidden_states)
+        if image_rotary_emb is not None:
+            q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
+            k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
+        if self.fp8:
+            q, q_descale = quantize_heads(q)
+            k, k_descale = quantize_heads(k)
+            v, v_descale = quantize_heads(v)
+            out = flash_attn_func(q, k, v, q_descale, k_descale, v_descale, self.backend)
+        else:
+            out = flash_attn_func(q, k, v, backend=self.backend)
+        return out.flatten(2, 3).to(hidden_states.dtype)

@@ -16,7 +16,7 @@ only: `fa4` on Hopper, in bf16.
 from collections.abc import Callable
 
 from utils.hardware import Machine
-from utils.steps import Verdict, off, refused
+from utils.steps import Verdict, import_problem, off, refused
 
 NAME = "fa3"
 AFTER = ("fused_projections",)
@@ -52,8 +52,8 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--fa3_rotation",
         action="store_true",
-        help="turn Q and K by a Hadamard matrix before their float8 cast: half the error (its time "
-        "is unmeasured, so off by default)",
+        help="turn Q and K by a Hadamard matrix before their float8 cast, in one Triton kernel: "
+        "half the error (unmeasured on a GPU, so off by default)",
     )
     parser.add_argument(
         "--attention_backend",
@@ -193,6 +193,11 @@ def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if args.disable_fa3:
         return off("--disable_fa3")
+    if args.fa3_rotation and (problem := import_problem("triton", "triton.language")):
+        return refused(
+            f"--fa3_rotation: found {problem}; expected the triton that belongs to torch: "
+            "pip install triton, or leave out --fa3_rotation"
+        )
     return choose(
         args.machine,
         args.dtype,

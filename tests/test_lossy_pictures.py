@@ -1,0 +1,43 @@
+"""The committed qualities of lossy formats: complete, in the docs as measured, and reproducible."""
+
+import json
+from pathlib import Path
+
+from tests import lossy_pictures
+from utils import reference
+from utils.pipeline_utils import load_pipeline
+from utils.prompts import quality_prompts
+
+PAGE = Path(__file__).parents[1] / "docs/performance.md"
+
+
+def rows() -> list[dict]:
+    return [json.loads(line) for line in lossy_pictures.RESULTS.read_text().splitlines()]
+
+
+def test_every_format_of_every_checkpoint_once():
+    found = [(row["ckpt"], row["format"]) for row in rows()]
+    assert len(found) == len(set(found))
+    assert set(found) == {(c, f) for c in lossy_pictures.CKPTS for f in lossy_pictures.FORMATS}
+
+
+def test_the_page_has_the_table():
+    table = lossy_pictures.table(rows())
+    page = [line.strip() for line in PAGE.read_text().splitlines()]
+    absent = [line for line in table.splitlines() if line not in page]
+    assert not absent, "run: python -m tests.lossy_pictures --table"
+
+
+def test_turned_queries_and_keys_lose_less_again():
+    """Two of the eight pictures, measured anew."""
+    args = lossy_pictures.settled("tiny-schnell")
+    prompts = quality_prompts(args)[:2]
+    kept, _ = reference.load_or_make(load_pipeline(args), args, prompts, with_fp32=True)
+    names = ("float8 attention", "float8 attention, rotated")
+    plain, rotated = (
+        lossy_pictures.measure(args, prompts, lossy_pictures.FORMATS[name], kept) for name in names
+    )
+    assert rotated["latents_relative_l2"] < 0.75 * plain["latents_relative_l2"]
+    (row,) = (r for r in rows() if (r["ckpt"], r["format"]) == ("tiny-schnell", names[1]))
+    again = rotated["latents_relative_l2"] / row["quality"]["latents_relative_l2"]
+    assert 0.5 < again < 2  # of two pictures instead of eight
