@@ -165,9 +165,8 @@ def test_calls_may_change(model, mode, flags_of, reference, tmp_path):
     check_changing_calls(model, mode, flags_of(model), reference, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "model", ["tiny-dev", pytest.param("tiny-kontext", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-dev", "tiny-kontext"])
 def test_calls_may_change_with_compiled_blocks(model, flags_of, reference, tmp_path):
     flags = (*flags_of(model), "--compile_scope", "blocks")
     check_changing_calls(model, "compile", flags, reference, tmp_path)

@@ -31,7 +31,7 @@ def test_a_missing_marker_is_an_error():
 
 def test_ci_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
-    command = next(line for line in TEXT.splitlines() if line.endswith('pytest -m "not slow"'))
+    command = next(line for line in TEXT.splitlines() if 'pytest -m "not slow"' in line)
     for part in command.split(" && "):
         assert part.replace("pip install", "pip install --quiet") in script or part in script, part
 
