@@ -286,6 +286,7 @@ def test_fa3_without_descales_is_refused_with_the_way_out():
 def test_flags_reach_the_table(monkeypatch):
     monkeypatch.setattr(fa3, "probe", installed)
     flags = {"disable_fa3": False, "disable_quant": False, "fa3_dtype": None}
+    flags["fa3_rotation"] = False
     run = {"machine": GPU["H200"], "dtype": torch.bfloat16, "attention_backend": "auto"}
 
     def check(**changed):
@@ -295,3 +296,6 @@ def test_flags_reach_the_table(monkeypatch):
     assert check(disable_quant=True).settings["dtype"] == "bf16"
     assert check(attention_backend="sdpa_cudnn").settings["backend"] == "sdpa_cudnn"
     assert check(disable_fa3=True).reason == "--disable_fa3"
+    assert check(fa3_rotation=True).settings["rotation"] == "Hadamard"
+    monkeypatch.setattr(fa3, "import_problem", lambda *names: "no module triton")
+    assert "--fa3_rotation: found no module triton" in check(fa3_rotation=True).reason
