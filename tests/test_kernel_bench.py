@@ -197,3 +197,9 @@ def test_wrong_words_are_one_line(words, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kernel_bench", "--device", "cpu", *words])
     with pytest.raises(UserError, match=expected.replace("*", r"\*")):
         bench.main()
+
+
+def test_without_triton_it_is_one_line(monkeypatch):
+    monkeypatch.setattr(bench, "import_problem", lambda *names: "no module triton")
+    with pytest.raises(UserError, match="found no module triton; pip install triton"):
+        bench.settle(bench.parser().parse_args(["--device", "cpu"]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from utils.benchmark_utils import Parser
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
+from utils.steps import import_problem
 
 FORMAT = 1
 GROUPS = ("product", "attention", "between", "decoder", "text", "transfer")
@@ -190,6 +191,8 @@ def settle(args):
     args.size = args.size or ("tiny" if args.machine.device == "cpu" else "full")
     if args.limit_s <= 0:
         raise UserError(f"--limit_s {args.limit_s:g}: expected more than 0")
+    if problem := import_problem("triton", "triton.language"):  # torch's CPU build brings none
+        raise UserError(f"utils.kernel_bench: found {problem}; pip install triton==3.7.1")
     return Setting(args.device, args.size, args.machine)
 
 

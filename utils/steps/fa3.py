@@ -193,12 +193,7 @@ def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if args.disable_fa3:
         return off("--disable_fa3")
-    if args.fa3_rotation and (problem := import_problem("triton", "triton.language")):
-        return refused(
-            f"--fa3_rotation: found {problem}; expected the triton that belongs to torch: "
-            "pip install triton, or leave out --fa3_rotation"
-        )
-    return choose(
+    found = choose(
         args.machine,
         args.dtype,
         args.disable_quant,
@@ -207,6 +202,16 @@ def check(args) -> Verdict:
         probe,  # looked up at the call: a test can put another in its place
         args.fa3_rotation,
     )
+    if (
+        found.is_on
+        and args.fa3_rotation
+        and (problem := import_problem("triton", "triton.language"))
+    ):
+        return refused(
+            f"--fa3_rotation: found {problem}; expected the triton that belongs to torch: "
+            "pip install triton, or leave out --fa3_rotation"
+        )
+    return found
 
 
 def apply(pipeline, args) -> None:
