@@ -1,6 +1,7 @@
 """What each lossy number format does to the pictures of the trained checkpoints, on a CPU.
 
     python -m tests.lossy_pictures --ckpt tiny-dev   # a row a format, to results/quality/cpu.jsonl
+    python -m tests.lossy_pictures --ckpt tiny-dev --format "int8 attention"   # this row alone
     python -m tests.lossy_pictures --table           # the table of docs/performance.md
 
 Casts and scales are those of a GPU (tests/emulation.py; attention by the twins in utils/kernels/),
@@ -11,10 +12,15 @@ pictures against bf16 eager's, with another seed's distance for scale.
 import argparse
 import copy
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
+
+import torch
 
 from tests import emulation
 from utils import card, results
+from utils.kernels import attention_processor
 from utils.steps import on
 
 CKPTS = ("tiny-schnell", "tiny-dev", "tiny-kontext")
@@ -22,19 +28,20 @@ RESULTS = Path(__file__).parents[1] / "results/quality/cpu.jsonl"
 E4M3 = {"dtype": "e4m3fn", "granularity": "row"}
 LINEAR = on(False, filter="blocks", **E4M3)
 ATTENTION = on(False, backend="fa3", dtype="fp8")
+UNSCALED = on(False, backend="fa3", dtype="fp8", scale="none")
 ROTATED = on(False, backend="fa3", dtype="fp8", rotation="Hadamard")
+ALL = on(False, filter="all", **E4M3 | {"granularity": "tensor"})
 FORMATS = {  # the steps that are on
     "float8 Linears (row)": {"quant": LINEAR},
     "float8 Linears (tensor)": {
         "quant": on(False, **E4M3 | {"granularity": "tensor"}, filter="blocks")
     },
-    "float8 for every Linear (tensor)": {
-        "quant": on(False, **E4M3 | {"granularity": "tensor"}, filter="all")
-    },
+    "float8 for every Linear (tensor)": {"quant": ALL},
     "float8 attention": {"fa3": ATTENTION},
     "float8 Linears (row) and attention": {"quant": LINEAR, "fa3": ATTENTION},
     "float8 attention, rotated": {"fa3": ROTATED},
     "float8 Linears (row) and attention, rotated": {"quant": LINEAR, "fa3": ROTATED},
+    "as flux-fast: every Linear (tensor), attention unscaled": {"quant": ALL, "fa3": UNSCALED},
     "int8 attention": {"fa3": on(False, backend="int8", dtype="int8")},
     "T5 in float8": {"text_quant": on(False, **E4M3)},
     "MXFP8 Linears": {"quant": on(False, granularity="block", filter="blocks", dtype="mxfp8")},
@@ -56,6 +63,10 @@ def settled(ckpt: str):
     return args
 
 
+def _cast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.to(torch.float8_e4m3fn), x.new_ones((x.shape[0], x.shape[2]), dtype=torch.float32)
+
+
 def measure(args, prompts: list[str], plan: dict, kept: dict) -> dict:
     """Draw the prompts with these steps on, and compare them with the reference.
 
@@ -66,7 +77,12 @@ def measure(args, prompts: list[str], plan: dict, kept: dict) -> dict:
 
     pipeline, args = load_pipeline(args), copy.copy(args)
     args.plan = args.plan | plan
-    with emulation.float8(), emulation.products(), emulation.blocks():
+    unscaled = "fa3" in plan and plan["fa3"].settings.get("scale") == "none"
+    with ExitStack() as stack:
+        for part in (emulation.float8(), emulation.products(), emulation.blocks()):
+            stack.enter_context(part)
+        if unscaled:
+            stack.enter_context(mock.patch.object(attention_processor, "quantize_heads", _cast))
         for step in STEPS:
             if step.NAME in plan:
                 step.apply(pipeline, args)
@@ -79,7 +95,7 @@ def table(rows: list[dict]) -> str:
     kinds = list(dict.fromkeys(row["ckpt"] for row in rows))
     lines = ["| format | " + " | ".join(f"{kind}, dB | latents" for kind in kinds) + " |"]
     lines.append("| --- |" + " --- | --- |" * len(kinds))
-    for name in dict.fromkeys(row["format"] for row in rows):
+    for name in FORMATS:
         cells = []
         for kind in kinds:
             (row,) = (row for row in rows if (row["ckpt"], row["format"]) == (kind, name))
@@ -101,6 +117,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", choices=CKPTS)
     what.add_argument("--table", action="store_true")
+    parser.add_argument("--format", choices=FORMATS, help="one of them (default: all)")
     own = parser.parse_args()
     if own.table:
         print(table([json.loads(line) for line in RESULTS.read_text().splitlines()]))
@@ -110,8 +127,8 @@ def main() -> None:
     kept, _ = reference.load_or_make(load_pipeline(args), args, prompts, with_fp32=True)
     about = {"command": card.command(), "commit": card.commit(), "versions": card.versions()}
     about["machine"] = args.machine.name
-    for name, plan in FORMATS.items():
-        scores = measure(args, prompts, plan, kept)
+    for name in [own.format] if own.format else FORMATS:
+        scores = measure(args, prompts, FORMATS[name], kept)
         row = {"ckpt": own.ckpt, "format": name, "quality": scores, **about}
         print(name, scores["psnr_db_mean"], scores["psnr_db_worst"], flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
