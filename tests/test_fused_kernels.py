@@ -66,7 +66,7 @@ COMPILED = [  # kernel, constants at FLUX.1's size, warps, most registers (measu
     (ROPE, {**FULL_HEADS, "TEXT": True, "FLOAT8": False, "ROTATE": False}, 4, 72),  # 62
     (ROPE, {**FULL_HEADS, "TEXT": True, "FLOAT8": True, "ROTATE": False}, 4, 72),  # 63
     (ROPE, {**FULL_HEADS, "TEXT": False, "FLOAT8": True, "ROTATE": False}, 4, 64),  # 56
-    (ROPE, {**FULL_HEADS, "TEXT": True, "FLOAT8": True, "ROTATE": True}, 4, 80),
+    (ROPE, {**FULL_HEADS, "TEXT": True, "FLOAT8": True, "ROTATE": True}, 4, 72),  # 64
     (CAST, {**FULL_HEADS, "TEXT": True}, 4, 32),  # 23
 ]
 
