@@ -213,6 +213,16 @@ def test_the_exit_code_and_what_is_printed(tmp_path, capsys):
     assert compare.main(a, a) == 0
 
 
+def test_single_runs_are_the_same_wherever_their_files_go(tmp_path, capsys):
+    files = []
+    for words in ("--results before.jsonl", "--results='my rows.jsonl' --trace-file t.json.gz"):
+        one = row() | {"command": f"python run_benchmark.py --seed 3 {words} --disable_quant"}
+        del one["row"]
+        files.append(write(tmp_path / f"{len(files)}.jsonl", [one]))
+    assert compare.main(*files) == 0
+    assert "run_benchmark.py --seed 3 --disable_quant" in capsys.readouterr().out
+
+
 def test_files_without_a_common_row_are_bad_input(tmp_path):
     a = write(tmp_path / "a.jsonl", [row()])
     with pytest.raises(UserError, match="no row in common"):

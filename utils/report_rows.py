@@ -6,6 +6,7 @@ may only be absent.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = (1, 2)
 MEMORY = ("weights", "allocated_peak", "reserved_peak", "host_peak")
+# Where a run's files go says nothing of what was run: before.jsonl and after.jsonl are compared
+FILES = r" --(results|pictures|trace[-_]file)[ =]('[^']*'|\S+)"
 OF_LOOP = ("steps", "loop_graph", "settings", "denoising_step")  # "loop/4": no step was timed
 
 # What a value has to be where there is one: a type, a list of it, a mapping ("*": any key). Keys
@@ -137,8 +140,9 @@ def get(row: dict, *keys: str):
 
 
 def name(row: dict) -> str:
-    """Name a row: its own short name, or, for a single run, its command."""
-    return row.get("row") or (row.get("command") or "?").removeprefix("python ")
+    """Name a row: its own short name, or, for a single run, its command but for its files."""
+    command = (row.get("command") or "?").removeprefix("python ")
+    return row.get("row") or re.sub(FILES, "", command)
 
 
 def samples(row: dict) -> list[float]:
