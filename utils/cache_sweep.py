@@ -3,9 +3,10 @@
 Every point is the run that the flags describe with some of its steps reused, compared with the same
 run that computes all of them, same prompts and seeds. Four kinds: a mask (`--step_mask`), DBCache
 with its thresholds (`--cache_dit_config`, which decides by itself), DBCache with a mask's steps (to
-compare predicting the middle blocks' residual with predicting the whole output), and simply fewer
-steps, which a cache has to beat. Rows go to results/curves/<checkpoint>.jsonl, the plot beside
-them. The presets of utils/steps/step_mask.py are read off it.
+compare predicting the middle blocks' residual with predicting the whole output), masks calibrated
+on other prompts and seeds of the same weights (utils/calibrate.py), and simply fewer steps, which a
+cache has to beat. Rows go to results/curves/<checkpoint>.jsonl, the plot beside them. The presets
+of utils/steps/step_mask.py are read off it.
 
 With FLUX.1's own weights: python -m utils.cache_sweep --ckpt black-forest-labs/FLUX.1-dev
 """
@@ -16,7 +17,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.benchmark_utils import create_parser
@@ -31,6 +32,7 @@ WARM, PERIODS = (3, 4, 6), (2, 3, 4, 5)
 FEWER = (24, 20, 16, 14, 12, 10, 8)  # steps of a plain run
 THRESHOLDS = (0.04, 0.08, 0.12, 0.2, 0.3, 0.5)
 BLOCKS = ((4, 3), (4, 4))  # warm steps and period of masks that DBCache is given as well
+CALIBRATED = (6, 7, 8, 10, 12, 14, 16)  # computed steps of masks fitted to the weights
 SETTINGS = ROOT / "cache_config.yaml"
 
 
@@ -39,11 +41,11 @@ class Point:
     """One way to compute less."""
 
     name: str
-    kind: str  # "mask", "dbcache", "dbcache mask" or "fewer steps"
+    kind: str  # "mask", "calibrated", "dbcache", "dbcache mask" or "fewer steps"
     mask: tuple[bool, ...] | None = None
     order: int = 0
     gain: float = 1.0
-    steps: int | None = None  # of a plain run
+    steps: int | None = None  # of a plain run, or to be computed by a calibrated mask
     settings: dict | None = None  # cache-dit's, over those of cache_config.yaml
 
 
@@ -78,6 +80,7 @@ def points(steps: int) -> list[Point]:
         for name, mask in masks.items()
         for order, gain in PREDICTIONS
     ]
+    found += [Point(f"calibrated {n}", "calibrated", steps=n) for n in CALIBRATED if n < steps]
     found += [Point(f"{n} steps", "fewer steps", steps=n) for n in FEWER if n < steps]
     for value in THRESHOLDS:
         settings = {"residual_diff_threshold": value}
@@ -114,6 +117,7 @@ class Sweep:
         self.other_db = quality.mean_psnr_db(
             self.run(self.pipeline, other)[0].images, self.full.images
         )
+        self.recorded = None  # the calibration's full loop
         self.eager = self.full if self.args.compile_export_mode == "disabled" else None
 
     def run(self, pipeline, args, computed=None) -> tuple:
@@ -143,14 +147,11 @@ class Sweep:
         from utils import card, quality, reference
 
         full = self.full
-        if point.kind == "mask":
-            masked = self.pipeline.masked
-            masked.mask_of, masked.order, masked.gain = (
-                lambda n: point.mask,
-                point.order,
-                point.gain,
-            )
-            found, computed = self.run(self.pipeline, self.args)
+        if point.kind == "calibrated":
+            point, table = self._calibrated(point)
+            found, computed = self._masked(point, table)
+        elif point.kind == "mask":
+            found, computed = self._masked(point)
         elif point.kind == "fewer steps":
             self.pipeline.masked.mask_of = lambda steps: (True,) * steps
             fewer = copy.copy(self.args)
@@ -183,6 +184,23 @@ class Sweep:
             "weights": args.checkpoint.identity(args.cache_dir),
             "environment": card.environment(args),
         }
+
+    def _masked(self, point: Point, table: dict | None = None) -> tuple:
+        masked = self.pipeline.masked
+        masked.mask_of, masked.table = (lambda steps: point.mask), table
+        masked.order, masked.gain = point.order, point.gain
+        return self.run(self.pipeline, self.args)
+
+    def _calibrated(self, point: Point) -> tuple[Point, dict]:
+        """Fit a mask on prompts and seeds of the calibration's own; the full loop runs once."""
+        from utils import calibrate
+
+        args = copy.copy(self.args)
+        args.prompt, args.seed = calibrate.prompts_of(args), args.seed + calibrate.SEED
+        self.recorded = self.recorded or calibrate.record(self.pipeline, args)
+        mask, table, _ = calibrate.fit(self.pipeline, args, *self.recorded, point.steps)
+        mask = tuple(computed == "1" for computed in mask)
+        return replace(point, mask=mask, order=calibrate.LAST - 1), table
 
     def _dbcache(self, settings: dict) -> tuple:
         """Run DBCache eagerly: what it computes does not depend on a compiler."""

@@ -1,7 +1,7 @@
 """Plot the curve of step caching: computed steps against the worst picture's PSNR (cache_sweep.py).
 
-The envelope of the masks is drawn as a line: for so many computed steps, the best that any of them
-reaches. The presets are named.
+The envelopes of the masks and of the calibrated ones are drawn as lines: for so many computed
+steps, the best that any of them reaches. The presets are named.
 """
 
 import itertools
@@ -12,9 +12,16 @@ from utils.steps.step_mask import PRESETS
 LEFT, RIGHT, TOP, HEIGHT = 64, WIDTH - 24, 56, 420  # pixels
 MARGIN_DB = 15.0  # above another seed: what a preset has to keep on trained small weights
 GATE_DB = 31.0  # what it has to keep on FLUX.1's own
-STYLES = {"mask": "edge", "dbcache": "floor", "dbcache mask": "whisker", "fewer steps": "muted"}
+STYLES = {
+    "mask": "edge",
+    "calibrated": "good",
+    "dbcache": "floor",
+    "dbcache mask": "whisker",
+    "fewer steps": "muted",
+}
 WORDS = {
     "mask": "step mask",
+    "calibrated": "calibrated mask",
     "dbcache": "DBCache, thresholds",
     "dbcache mask": "DBCache, a mask's steps",
     "fewer steps": "fewer steps",
@@ -58,7 +65,7 @@ def draw(rows: list[dict]) -> bytes:
         if any(row["kind"] == kind for row in rows):
             drawing.box(at, 34, 8, 8, style)
             drawing.text(at + 14, 38, WORDS[kind], "muted", size=12)
-            at += 190
+            at += 176
     for mark in marks:
         drawing.line(LEFT, y_of(mark), RIGHT, y_of(mark), "grid")
         drawing.text(LEFT - 8, y_of(mark), f"{mark:g} dB", "muted", "end", 12)
@@ -68,10 +75,11 @@ def draw(rows: list[dict]) -> bytes:
     for db, words in ((seed_db, "another seed"), gate):
         drawing.line(LEFT, y_of(db), RIGHT, y_of(db), "floor", 1.5)
         drawing.text(LEFT + 6, y_of(db) - 9, words, "floor", size=12)
-    best = front([row for row in shown if row["kind"] == "mask"])
-    for a, b in itertools.pairwise(best):
-        ends = x_of(a["computed"]), y_of(_worst(a)), x_of(b["computed"]), y_of(_worst(b))
-        drawing.line(*ends, "bar", 2)
+    for kind, style in (("mask", "bar"), ("calibrated", "good")):
+        best = front([row for row in shown if row["kind"] == kind])
+        for a, b in itertools.pairwise(best):
+            ends = x_of(a["computed"]), y_of(_worst(a)), x_of(b["computed"]), y_of(_worst(b))
+            drawing.line(*ends, style, 2)
     for row in shown:
         x, y = x_of(row["computed"]), y_of(_worst(row))
         drawing.box(x - 3, y - 3, 6, 6, STYLES[row["kind"]])

@@ -124,7 +124,7 @@ def number_problems(args) -> list[str]:
 def _path_problems(args) -> list[str]:
     """Look at every file that the run will write, while it costs nothing."""
     problems = []
-    for flag in ("output_file", "trace_file", "results"):
+    for flag in ("output_file", "trace_file", "results", "mask_file"):
         value = getattr(args, flag, None)
         if not value:
             continue

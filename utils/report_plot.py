@@ -24,6 +24,7 @@ COLOURS = {
     "hatch": "#1f5fa8",
     "whisker": "#1f2328",
     "floor": "#c2410c",
+    "good": "#2f7d32",
 }
 
 

@@ -45,11 +45,21 @@ class MaskedForward:
     """Stand before a transformer's forward: compute, or predict from what was computed.
 
     `mask_of` gives the mask for a number of steps, `order` is the polynomial's, `gain` the part of
-    the change it foretells that is believed; `used` tells what the last call did.
+    the change it foretells that is believed; `table` gives the weights themselves instead, for each
+    predicted step those of the last computed ones, oldest first (utils/calibrate.py); `used` tells
+    what the last call did.
     """
 
-    def __init__(self, forward: Callable, mask_of: Callable, order: int, gain: float = 1.0) -> None:
-        self.forward, self.mask_of, self.order, self.gain = forward, mask_of, order, gain
+    def __init__(
+        self,
+        forward: Callable,
+        mask_of: Callable,
+        order: int,
+        gain: float = 1.0,
+        table: dict[int, tuple[float, ...]] | None = None,
+    ) -> None:
+        self.forward, self.mask_of = forward, mask_of
+        self.order, self.gain, self.table = order, gain, table
         self.mask: tuple[bool, ...] | None = None  # of the call that is running
         self.used: dict[str, list[int]] = {"computed": [], "reused": []}
 
@@ -96,8 +106,11 @@ class MaskedForward:
 
         Shapes: (B, S, C), summed in fp32 and given in the model's dtype
         """
-        parts = [self.gain * w for w in weights(tuple(point for point, _ in self.known), step)]
-        parts[-1] += 1 - self.gain  # the weights add up to 1
+        if self.table is None:
+            parts = [self.gain * w for w in weights(tuple(point for point, _ in self.known), step)]
+            parts[-1] += 1 - self.gain  # the weights add up to 1
+        else:
+            parts = self.table[step]
         total = sum(part * v.float() for part, (_, v) in zip(parts, self.known, strict=True))
         return total.to(self.known[-1][1].dtype)
 
@@ -122,7 +135,7 @@ class MaskedCall:
             return super().__call__(*args, **kwargs)
 
 
-def install(pipeline, mask_of: Callable, order: int, gain: float) -> None:
+def install(pipeline, mask_of: Callable, order: int, gain: float, table=None) -> None:
     """Put a mask before this pipeline's transformer, whatever its forward is by now.
 
     Raises: UserError for another kind of loop or scheduler.
@@ -136,7 +149,7 @@ def install(pipeline, mask_of: Callable, order: int, gain: float) -> None:
         )
     if problem := scheduler_problem(pipeline.scheduler):
         raise UserError(f"--step_mask: {problem}; {FLAG}")
-    pipeline.masked = MaskedForward(pipeline.transformer.forward, mask_of, order, gain)
+    pipeline.masked = MaskedForward(pipeline.transformer.forward, mask_of, order, gain, table)
     pipeline.transformer.forward = pipeline.masked
     # A class of its own, of the same name: other pipelines stay as they are
     pipeline.__class__ = type(found.__name__, (MaskedCall, found), {"__module__": found.__module__})

@@ -9,12 +9,17 @@ small elementwise kernels, nothing to decide, and so nothing for the host to wai
 computes none of them, and is the same for every prompt.
 
 Lossy. The presets below were chosen from the curve of trained small weights (results/curves/,
-`python -m utils.cache_sweep`); for FLUX.1's own weights that curve is not drawn yet. Schnell has
-four distilled steps, none like the last, and is refused.
+`python -m utils.cache_sweep`); for FLUX.1's own weights that curve is not drawn yet. A mask from a
+file was calibrated on one checkpoint (`python -m utils.calibrate`): it has weights of its own for
+every prediction, and keeps more with fewer steps. Schnell has four distilled steps, none like the
+last, and is refused.
 """
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
+from utils import mask_file
 from utils.schedulers import loop_problem
 from utils.steps import Verdict, off, on, refused
 
@@ -48,8 +53,8 @@ def add_flags(parser) -> None:
         "--step_mask",
         metavar="MASK",
         help=f"compute only some steps and predict the others (Dev and Kontext; lossy): "
-        f"{', '.join(PRESETS)}, one 1 or 0 a step such as 1,1,1,0,0,1, or the computed steps such "
-        "as 0-5,8,12 (the first is 0)",
+        f"{', '.join(PRESETS)}, one 1 or 0 a step such as 1,1,1,0,0,1, the computed steps such as "
+        "0-5,8,12 (the first is 0), or a file of python -m utils.calibrate, FILE.json",
     )
     parser.add_argument(
         "--step_mask_order",
@@ -93,6 +98,8 @@ def check(args) -> Verdict:
             "--step_mask or --true_cfg_scale"
         )
     try:
+        if mask_file.is_file(text):
+            return _check_file(args)
         mask = mask_of(text, args.num_inference_steps)
     except ValueError as error:
         return refused(f"--step_mask {text}: {error}")
@@ -105,6 +112,22 @@ def check(args) -> Verdict:
         order=order,
         gain=gain,
         psnr_on_flux="not-measured" if flux is None else f"{flux:g}dB",
+    )
+
+
+def _check_file(args) -> Verdict:
+    for flag in ("step_mask_order", "step_mask_gain"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"has weights of its own; leave out --{flag}")
+    found = mask_file.load(args.step_mask)
+    if problem := mask_file.problem(found, args):
+        raise ValueError(problem)
+    return on(
+        lossless=False,
+        mask=found.mask,
+        computed=f"{found.mask.count('1')}/{len(found.mask)}",
+        calibrated=hashlib.sha256(Path(args.step_mask).read_bytes()).hexdigest()[:12],
+        guidance=found.guidance,
     )
 
 
@@ -123,6 +146,8 @@ def mask_of(text: str, steps: int) -> tuple[bool, ...]:
 
     Raises: ValueError in one line for what is no mask, or not one of this call.
     """
+    if mask_file.is_file(text):
+        text = mask_file.load(text).mask
     mask = stretch(PRESETS[text].mask, steps) if text in PRESETS else _written_out(text, steps)
     if not mask[0]:
         raise ValueError("step 0 is left out, expected it computed: there is nothing before it")
@@ -171,7 +196,11 @@ def apply(pipeline, args) -> None:
     """Put the mask before whatever forward the steps above have made."""
     from utils.reuse import install
 
-    install(pipeline, lambda steps: mask_of(args.step_mask, steps), *prediction(args))
+    how, text = prediction(args), args.step_mask
+    if mask_file.is_file(text):
+        found = mask_file.load(text)
+        how, text = (found.order, 1.0, found.weights), found.mask
+    install(pipeline, lambda steps: mask_of(text, steps), *how)
 
 
 def last_call(pipeline, args) -> dict[str, list[int]] | None:
