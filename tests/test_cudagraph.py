@@ -1,6 +1,11 @@
 """The CUDA-graph wrapper: its logic on a CPU with a recorder that really runs, capture on a GPU."""
 
+import gc
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +175,71 @@ def test_failed_recording_names_the_component_and_leaves_no_graph():
     assert fn.num_graphs == 0
 
 
+class PretendedCuda:
+    """The parts of torch.cuda that CUDARecorder uses; tells which stream is the current one."""
+
+    def __init__(self, monkeypatch):
+        self.current = "main"
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        self.captures = SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def graph(self, graph, pool):
+        capture = self.capture()
+        capture.capture_stream = self.captures
+        return capture
+
+    @contextmanager
+    def capture(self):
+        """Leave as torch's own: a capture that failed raises anew, and its stream stays current."""
+        before, self.current = self.current, self.captures
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("capture invalidated")  # noqa: B904
+        self.current = before
+
+
+def test_all_recordings_share_one_stream_and_collect_no_garbage_in_a_capture(monkeypatch):
+    cuda, seen = PretendedCuda(monkeypatch), []
+
+    def forward(x):
+        seen.append((cuda.current, gc.isenabled()))
+        return x
+
+    fn = CUDAGraphWrapper(forward, "decoder")
+    for n in (1, 2, 3):
+        fn(torch.ones(n))
+    assert seen == [(cuda.captures, collects) for collects in (True, True, True, False)] * 3
+    assert cuda.current == "main" and gc.isenabled()
+
+
+def test_a_failed_capture_says_why_and_leaves_its_stream(monkeypatch):
+    cuda, calls = PretendedCuda(monkeypatch), []
+
+    def forward(x):
+        calls.append(x)
+        if len(calls) == 4:  # behind the warm-ups
+            raise ValueError("synchronises")
+        return x
+
+    fn = CUDAGraphWrapper(forward, "decoder")
+    with pytest.raises(RuntimeError, match=r"ValueError: synchronises; then .* invalidated"):
+        fn(torch.ones(2))
+    assert cuda.current == "main" and fn.num_graphs == 0 and gc.isenabled()
+
+
 def test_inference_mode_may_come_and_go():
     fn, _ = wrapped(lambda x: x + 1)
     with torch.inference_mode():
@@ -237,11 +307,27 @@ def test_gpu_capture_equals_eager_for_two_sizes_in_one_pool():
 
 @pytest.mark.gpu
 @gpu_only
-def test_gpu_expanded_input_and_failed_capture():
+def test_gpu_expanded_input():
     fn = CUDAGraphWrapper(lambda x: x * 2, "guidance")
     for value in (1.0, 3.5):
         x = torch.full((1,), value, device="cuda").expand(4)
         assert torch.equal(fn(x), x * 2)
-    synchronising = CUDAGraphWrapper(lambda x: x * x.sum().item(), "decoder")
-    with pytest.raises(RuntimeError, match="CUDA graph of decoder: recording failed"):
-        synchronising(torch.ones(2, device="cuda"))
+
+
+@pytest.mark.gpu
+@gpu_only
+def test_gpu_a_failed_capture_is_named():
+    """In a process of its own: the allocator goes on waiting for the end of the capture."""
+    script = """
+import torch
+from utils.cudagraph import CUDAGraphWrapper
+
+before = torch.cuda.current_stream()
+try:
+    CUDAGraphWrapper(lambda x: x * x.sum().item(), "decoder")(torch.ones(2, device="cuda"))
+except RuntimeError as error:
+    print(torch.cuda.current_stream() == before, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("True CUDA graph of decoder: recording failed"), done
+    assert "not permitted when stream is capturing" in done.stdout, done

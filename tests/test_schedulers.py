@@ -88,6 +88,20 @@ def test_heun_is_heuns_method():
     torch.testing.assert_close(x, expected, rtol=1e-6, atol=0)
 
 
+def test_heuns_steps_ask_the_device_for_nothing():
+    """On a device without values nothing can be read."""
+    from utils.heun import ShiftedHeun
+
+    scheduler = ShiftedHeun(shift=1.0)
+    scheduler.set_timesteps(3, "meta")
+    scheduler.set_begin_index(0)  # as FluxPipeline does
+    x = torch.empty(2, 4, dtype=torch.bfloat16, device="meta")
+    assert scheduler.timesteps.device == x.device and len(scheduler.timesteps) == 5
+    for t in scheduler.timesteps:
+        x = scheduler.step(x, t, x, return_dict=False)[0]
+    assert (x.device.type, x.dtype) == ("meta", torch.bfloat16)
+
+
 def test_dev_shifts_heuns_sigmas_as_eulers():
     from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -65,6 +65,24 @@ def test_graphed_encoders_give_what_the_eager_ones_give():
     assert recorder.recorded == 3  # T5 has another length, CLIP always 77
 
 
+def test_a_capture_makes_the_masks_of_the_warm_up(pipeline, monkeypatch):
+    """A mask in one of them only is another kind of call, compiled inside of the capture."""
+    from transformers import masking_utils
+
+    plain, asked = pipeline.text_encoder_2.forward, []
+
+    def forward(ids, **kwargs):
+        asked.append(masking_utils.is_tracing(None))
+        return plain(ids, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    forward(ids)
+    run = text_encoders._graphed(forward, "T5", GraphPool(RerunRecorder()))
+    assert torch.equal(run(ids).last_hidden_state, plain(ids).last_hidden_state)
+    assert asked == [True, False, False]  # alone, recorded, replayed
+
+
 class HostSpy(TorchDispatchMode):
     """Notes what a CUDA graph cannot record: a value asked for, or a copy between devices."""
 

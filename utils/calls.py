@@ -58,11 +58,16 @@ def layout(tensor: torch.Tensor) -> list[int]:
     ]
 
 
+def name_of(path: tuple) -> str:
+    """Write where in nested inputs a leaf stands, such as joint_attention_kwargs.scale."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
 def describe(inputs: dict) -> dict[str, dict]:
     """Describe a call for the manifest: shape, dtype, stride and device, or the plain value."""
     described = {}
     for path, leaf in pytree.tree_leaves_with_path(inputs):
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        name = name_of(path)
         if isinstance(leaf, torch.Tensor):
             described[name] = {
                 "shape": list(leaf.shape),

@@ -10,14 +10,16 @@ graphs know nothing of AOTI packages and hand out memory that the next call over
 one for both.
 """
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
-from utils.calls import key_of, refuse_if_only_known
+from utils.calls import dense, key_of, name_of, refuse_if_only_known
 from utils.steps import components
 
 MAX_GRAPHS = 16  # of all components: eight sizes; each holds its inputs and outputs
@@ -35,6 +37,18 @@ class Recorder(Protocol):
         """Give the device memory that the recordings share."""
 
 
+@contextmanager
+def uncollected():
+    """Leave Python's garbage: destroying a graph or a package inside of a capture ends it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CUDARecorder:
     """Record with torch.cuda.CUDAGraph into a memory pool that all graphs share.
 
@@ -45,18 +59,21 @@ class CUDARecorder:
         self.pool = None  # made at the first recording, so that importing touches no device
 
     def record(self, fn: Callable[[], Any]) -> Callable[[], Any]:
-        """Warm up on a side stream, capture, and return the replay."""
+        """Warm up and capture on torch's one stream for captures, and return the replay.
+
+        For each stream that it has seen, cuBLAS keeps a workspace: 32 MiB on Hopper.
+        """
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, pool=self.pool)
+        stream = capture.capture_stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # left after a failed capture too, which torch's own is not
             for _ in range(WARMUP_CALLS):
                 fn()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = fn()  # held by replay(): a later capture cannot take their memory
+            with uncollected(), capture:  # waits for the device first
+                outputs = fn()  # held by replay(): a later capture cannot take their memory
 
         def replay() -> Any:
             graph.replay()
@@ -164,8 +181,7 @@ class CUDAGraphWrapper:
                 if isinstance(leaf, torch.Tensor) or not by_identity:
                     continue
                 reason = "is compared by identity, so a change of its state would go unseen"
-            # The first key only tells positional from keyword arguments
-            where = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:])
+            where = name_of(path[1:])  # the first key only tells positional from keyword arguments
             raise TypeError(
                 f"CUDA graph of {self.name}: argument {where} of type {type(leaf).__name__} "
                 f"{reason}; expected tensors and plain values"
@@ -176,9 +192,7 @@ class CUDAGraphWrapper:
         # Buffers made in inference mode could not be written outside of it; leaving it turns
         # gradients on
         with torch.inference_mode(False), torch.no_grad():
-            buffers = [_static_like(tensor) for tensor in tensors]
-            for buffer, tensor in zip(buffers, tensors, strict=True):
-                buffer.copy_(tensor)  # warm-up and capture read real values
+            buffers = [dense(tensor) for tensor in tensors]  # warm-up and capture read values
             remaining = iter(buffers)
             static = [next(remaining) if isinstance(x, torch.Tensor) else x for x in leaves]
             args, kwargs = pytree.tree_unflatten(static, spec)
@@ -189,9 +203,11 @@ class CUDAGraphWrapper:
             return self.pool.recorder.record(lambda: self.fn(*args, **kwargs))
         except Exception as error:
             shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
+            # A capture that fails ends in an error of its own, which does not say why
+            found = [error] if error.__context__ is None else [error.__context__, error]
             raise RuntimeError(
                 f"CUDA graph of {self.name}: recording failed for inputs {shapes}: "
-                f"{type(error).__name__}: {error}"
+                + "; then ".join(f"{type(e).__name__}: {e}" for e in found)
             ) from error
 
     def _keep(self, leaf: Any) -> Any:
@@ -204,12 +220,6 @@ class CUDAGraphWrapper:
             f"CUDA graph of {self.name}: cannot look for tensors in an output of type "
             f"{type(leaf).__name__}; register it with torch.utils._pytree"
         )
-
-
-def _static_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Allocate a buffer with the tensor's layout; dense where the tensor overlaps itself."""
-    # preserve_format keeps dense strides (channels_last) and unrolls expanded ones
-    return torch.empty_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def pool_of(pipeline, pool: GraphPool | None = None) -> GraphPool:

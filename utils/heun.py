@@ -20,13 +20,16 @@ class ShiftedHeun(FlowMatchHeunDiscreteScheduler):
     ) -> None:
         """Take Euler's sigmas, shifted as the config says, each but first and last twice.
 
+        The steps decide by the values of the sigmas, so these stay on the host, as in diffusers'
+        other solvers: on a GPU each step would wait for them.
+
         Shapes: timesteps (2 N - 1,), sigmas (2 N,), the last 0
         """
         euler = FlowMatchEulerDiscreteScheduler.from_config(self.config)
-        euler.set_timesteps(num_inference_steps, device, sigmas, mu)
+        euler.set_timesteps(num_inference_steps, "cpu", sigmas, mu)
         first, inner, last = euler.sigmas[:1], euler.sigmas[1:-1], euler.sigmas[-1:]
         self.sigmas = torch.cat([first, inner.repeat_interleave(2), last])
-        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
         self.num_inference_steps = len(euler.timesteps)
         self.prev_derivative = self.dt = None
         self._step_index = self._begin_index = None

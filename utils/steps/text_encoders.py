@@ -82,13 +82,25 @@ def wrap(pipeline, pool) -> None:
 
 
 def _graphed(forward, name: str, pool):
-    """Graph the tensors alone: what comes out is a class that pytree does not look into."""
+    """Graph the tensors alone: what comes out is a class that pytree does not look into.
+
+    transformers 5.17 takes a capture for a trace, and then makes masks of ones where the warm-up
+    had none: another kind of call, for which the blocks would be compiled inside of the capture.
+    """
+    from unittest.mock import patch
+
+    from transformers.utils import import_utils
+
     from utils.cudagraph import CUDAGraphWrapper
 
     kinds = []
 
+    def no() -> bool:
+        return False
+
     def tensors(*args, **kwargs) -> dict:
-        found = forward(*args, **kwargs)
+        with patch.object(import_utils, "is_cuda_stream_capturing", no):
+            found = forward(*args, **kwargs)
         kinds[:] = [type(found)]
         return dict(found)
 
