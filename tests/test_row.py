@@ -143,15 +143,40 @@ def test_gaps_and_groups_of_a_timeline():
     kernels, idle, total = kernel_table.summarise(spans)
     assert kernels["sm90_gemm"] == (pytest.approx(15e-6), 2)
     assert idle == pytest.approx(10e-6) and total == pytest.approx(50e-6)
-    convolution = "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc"
-    groups = {name: kernel_table.group_of(name) for name in (*kernels, convolution)}
-    assert groups == {
+    expected = {
         "sm90_gemm": "linear",
-        convolution: "convolution",
         "triton_poi_fused_mul": "norm and elementwise",
         "flash_fwd": "attention",
         "Memcpy DtoD": "copies",
+        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolution",
+        "triton_tem_fused_addmm_3": "linear",
+        "triton_poi_fused_addmm_gelu_4": "norm and elementwise",  # a bias, not its product
+        "triton_per_fused_convolution_native_group_norm_7": "norm and elementwise",
+        "triton_red_fused__scaled_mm_abs_amax_clamp_5": "quantisation",
+        "float8_product_kernel": "linear",
     }
+    assert set(kernels) < set(expected)
+    assert {name: kernel_table.group_of(name) for name in expected} == expected
+
+
+def test_a_row_from_an_nvidia_machine_can_be_read(tmp_path, monkeypatch):
+    from tests import report_pieces
+    from utils import card
+    from utils.hardware import Machine
+
+    def environment(power_limit: str) -> dict:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho '580.159.04, {power_limit}, 345, 1980, 31'\n")
+        smi.chmod(0o755)
+        return card.environment(args)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    args = make_args("--device", "cpu", checks=False)
+    args.machine, args.device = Machine("cuda", "NVIDIA H100 80GB HBM3", (9, 0)), "cuda"
+    for said, found in (("700.00", 700), ("[N/A]", None)):
+        about = environment(said)
+        assert about["power_limit_w"] == found and about["driver"] == "580.159.04"
+        assert problem(report_pieces.row(environment=about)) == ""
 
 
 def test_the_kernel_table_of_a_real_call(run):
