@@ -170,10 +170,10 @@ for part in "$@"; do
       series 570 --peers $SCHNELL $FAST $BLOCKS --rounds 2 --num_runs 5 \
         --rows ours,peer:diffusers-eager,peer:diffusers-compile,peer:diffusers-fa3 ;;
     peers-dev)
-      series 570 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 --num_warmup 1 \
+      series 570 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 \
         --rows ours,peer:diffusers-compile,peer:diffusers-fa3 ;;
     flux-fast) # the project itself, from .peers; whole-graph autotuning, so one at a time
-      series 570 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 --num_warmup 1 \
+      series 570 --peers $DEV $FAST $BLOCKS --rounds 2 --num_runs 3 \
         --rows ours,peer:flux-fast ;;
     flux-fast-aoti) # its own default, which it exports for Schnell's call
       row 560 "peer:flux-fast" $SCHNELL --peer flux-fast --compile_export_mode export_aoti ;;
@@ -265,9 +265,9 @@ for part in "$@"; do
           --subpixel_upsampling transposed --vae_attention --conv_benchmark
       done ;;
     memory) # peaks at full size beside the estimates, which stand in each row's steps
-      row 90 "memory full" $DEV --memory full --compile_export_mode disabled --num_runs 2
-      # 17 billion random weights are drawn by one of the host's cores: minutes
-      row 490 "memory group" $DEV --memory group --compile_export_mode disabled --num_runs 2 ;;
+      for tier in full group; do
+        row 280 "memory $tier" $DEV --memory $tier --compile_export_mode disabled --num_runs 2
+      done ;;
     gguf) # what a compressed transformer costs and saves: the trained checkpoint's, on this GPU
       for type in Q8_0 Q4_0; do
         python3 -m extras.write_gguf --ckpt tiny-dev --type $type --output-file "tiny-$type.gguf"
