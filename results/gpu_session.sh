@@ -266,7 +266,7 @@ for part in "$@"; do
       done ;;
     memory) # peaks at full size beside the estimates, which stand in each row's steps
       for tier in full group; do
-        row 280 "memory $tier" $DEV --memory $tier --compile_export_mode disabled --num_runs 2
+        row 280 "memory $tier" $DEV --memory $tier --compile_export_mode disabled --num_runs 3
       done ;;
     gguf) # what a compressed transformer costs and saves: the trained checkpoint's, on this GPU
       for type in Q8_0 Q4_0; do
