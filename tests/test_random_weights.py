@@ -6,6 +6,7 @@ from conftest import make_args
 from diffusers import FluxTransformer2DModel
 
 from utils import quality, random_weights
+from utils.checkpoints import resolve
 from utils.pipeline_utils import load_pipeline
 from utils.random_weights import modules
 
@@ -42,6 +43,22 @@ def test_random_pipelines_draw_the_same_finite_noise_for_the_same_seed():
         "--random_weights", "--ckpt", "tiny-schnell", "--device", "cpu", "--seed", "1"
     )
     assert not torch.equal(first.latents, quality.run(load_pipeline(other), other).latents)
+
+
+@pytest.mark.parametrize(("room_gib", "drawn_on"), [(80, "cuda"), (0.001, "cpu")])
+def test_weights_for_the_host_are_drawn_on_a_gpu_with_room(room_gib, drawn_on, monkeypatch):
+    asked, filled = [], random_weights.filled
+    checkpoint = resolve("tiny-schnell", random_weights=True)
+
+    def on_a_cpu(checkpoint, dtype, device, seed):
+        asked.append(device)
+        return filled(checkpoint, dtype, "cpu", seed)
+
+    monkeypatch.setattr(random_weights, "filled", on_a_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(room_gib * 2**30), 0))
+    pipeline = random_weights.build(checkpoint, torch.bfloat16, "cpu", 0)
+    assert asked == [drawn_on] and pipeline.device.type == "cpu"
 
 
 @pytest.fixture(scope="module")

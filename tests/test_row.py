@@ -50,6 +50,24 @@ def test_a_damaged_reference_is_made_again(run, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_fp32_starts_from_the_noise_of_bf16(run, tmp_path, monkeypatch):
+    """torch 2.11 draws other numbers in bf16 than in fp32 from the same seed."""
+    from diffusers.pipelines.flux import pipeline_flux
+
+    draw = pipeline_flux.randn_tensor
+
+    def as_torch_2_11(*shape, dtype, **how):
+        noise = draw(*shape, dtype=dtype, **how)
+        return noise.flip(-1) if dtype == torch.bfloat16 else noise
+
+    monkeypatch.setattr(pipeline_flux, "randn_tensor", as_torch_2_11)
+    args, pipeline = copy.copy(run[0]), run[1]
+    args.cache_dir = str(tmp_path / "cache")
+    made, _ = reference.load_or_make(pipeline, args, quality_prompts(args)[:1], with_fp32=True)
+    assert quality.relative_l2(made["eager"].latents, made["fp32"].latents) < 0.05
+    assert pipeline_flux.randn_tensor is as_torch_2_11
+
+
 @pytest.mark.parametrize(
     "change",
     [{"seed": 3}, {"width": 160}, {"num_inference_steps": 2}, {"max_sequence_length": 32}],
@@ -143,15 +161,40 @@ def test_gaps_and_groups_of_a_timeline():
     kernels, idle, total = kernel_table.summarise(spans)
     assert kernels["sm90_gemm"] == (pytest.approx(15e-6), 2)
     assert idle == pytest.approx(10e-6) and total == pytest.approx(50e-6)
-    convolution = "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc"
-    groups = {name: kernel_table.group_of(name) for name in (*kernels, convolution)}
-    assert groups == {
+    expected = {
         "sm90_gemm": "linear",
-        convolution: "convolution",
         "triton_poi_fused_mul": "norm and elementwise",
         "flash_fwd": "attention",
         "Memcpy DtoD": "copies",
+        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolution",
+        "triton_tem_fused_addmm_3": "linear",
+        "triton_poi_fused_addmm_gelu_4": "norm and elementwise",  # a bias, not its product
+        "triton_per_fused_convolution_native_group_norm_7": "norm and elementwise",
+        "triton_red_fused__scaled_mm_abs_amax_clamp_5": "quantisation",
+        "float8_product_kernel": "linear",
     }
+    assert set(kernels) < set(expected)
+    assert {name: kernel_table.group_of(name) for name in expected} == expected
+
+
+def test_a_row_from_an_nvidia_machine_can_be_read(tmp_path, monkeypatch):
+    from tests import report_pieces
+    from utils import card
+    from utils.hardware import Machine
+
+    def environment(power_limit: str) -> dict:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho '580.159.04, {power_limit}, 345, 1980, 31'\n")
+        smi.chmod(0o755)
+        return card.environment(args)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    args = make_args("--device", "cpu", checks=False)
+    args.machine, args.device = Machine("cuda", "NVIDIA H100 80GB HBM3", (9, 0)), "cuda"
+    for said, found in (("700.00", 700), ("[N/A]", None)):
+        about = environment(said)
+        assert about["power_limit_w"] == found and about["driver"] == "580.159.04"
+        assert problem(report_pieces.row(environment=about)) == ""
 
 
 def test_the_kernel_table_of_a_real_call(run):

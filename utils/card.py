@@ -73,7 +73,9 @@ def environment(args) -> dict:
         "commit": commit(),
     }
     if state := gpu_state(args):
-        found |= {"driver": state["driver_version"], "power_limit_w": state["power.limit"]}
+        limit = state["power.limit"]  # "[N/A]" where a virtual machine hides it
+        watts = float(limit) if limit.replace(".", "", 1).isdigit() else None
+        found |= {"driver": state["driver_version"], "power_limit_w": watts}
     return found
 
 

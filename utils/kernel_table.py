@@ -11,17 +11,20 @@ GROUPS = (  # the first match wins; names of cuBLAS, CUTLASS, cuDNN, Triton and 
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("quantisation", ("quant", "fp8_cast", "amax", "to_fp8")),
     ("convolution", ("fprop", "dgrad", "implicit", "winograd")),  # cuDNN's, named xmma ... gemm
-    ("linear", ("gemm", "cutlass", "xmma", "nvjet", "matmul", "addmm", "linear", "mm")),
+    ("linear", ("gemm", "cutlass", "xmma", "nvjet", "matmul", "linear", "mm", "product")),
     ("convolution", ("conv",)),
     ("copies", ("memcpy", "memset", "copy", "cat", "contiguous", "clone")),
     ("norm and elementwise", ("",)),
 )
+# Inductor's passes; they bear the names of the products whose bias they add, but are none
+PASSES = ("triton_poi", "triton_red", "triton_per")
 
 
 def group_of(name: str) -> str:
     """Sort a kernel by its name."""
     name = name.lower()
-    return next(group for group, words in GROUPS if any(word in name for word in words))
+    groups = (GROUPS[1], GROUPS[-1]) if name.startswith(PASSES) else GROUPS
+    return next(group for group, words in groups if any(word in name for word in words))
 
 
 def profile(run, device: str) -> tuple[dict[str, tuple[float, int]], float, float]:

@@ -24,6 +24,7 @@ OWN_FLAGS |= {"--results": 1, "--pictures": 1}  # pictures stand beside the resu
 CACHE_FLAGS = ("cache_dit_config", "step_mask", "step_mask_order", "step_mask_gain")
 OWN_STEPS = {"--compile_export_mode": 1} | {f"--{flag}": 1 for flag in CACHE_FLAGS}  # of a ladder
 MODES = ("compile", "export_aoti")
+TOLD = 4000  # characters of what a failed row has said
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ def _run(words: list[str], pictures: Path) -> dict:
             return {"format": 2, "failed": "the last line of its output is no JSON"}
     if process.returncode in (-2, 130):
         raise KeyboardInterrupt
+    print(process.stderr[-TOLD:], end="", flush=True)  # the row keeps a line: too few for a trace
     errors = [line for line in process.stderr.strip().splitlines() if line.strip()]
     reason = errors[-1] if errors else "no output"
     return {"format": 2, "failed": f"exit code {process.returncode}: {reason[:300]}"}
