@@ -6,6 +6,7 @@ import torch
 from tests.test_attention import (
     BF16_TOLERANCE,
     FP8_TOLERANCE,
+    HEAD_TOLERANCE,
     SHAPES,
     head_errors,
     make,
@@ -126,5 +127,7 @@ class TestFp8OnGpu:
         quantised, descale = torch.compile(fa.quantize_heads, fullgraph=True)(x)
         eager, eager_descale = fa.quantize_heads(x)
         torch.testing.assert_close(descale, eager_descale)
-        differs = (quantised.float() != eager.float()).float().mean()
-        assert differs < 1e-3  # a scale that differs in its last bit moves a tie
+        assert max(head_errors(fa.dequantize_heads(quantised, descale), x)) < HEAD_TOLERANCE
+        # Inductor multiplies by 1 / 448: a scale that differs in its last bit moves bf16's many
+        # ties, up to 1.6 % of the values here
+        assert (quantised.float() != eager.float()).float().mean() < 0.05
