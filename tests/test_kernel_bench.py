@@ -119,10 +119,11 @@ def test_a_single_blocks_rope_has_a_truth_for_v():
     assert between.check(place, place.twin(*inputs), inputs)["error"] < place.bound
 
 
-def test_attention_in_float8_is_within_its_bound(monkeypatch):
+@pytest.mark.parametrize(("variant", "dtype"), [("fa3-fp8", "fp8"), ("int8", "int8")])
+def test_attention_in_8_bits_is_within_its_bound(variant, dtype, monkeypatch):
     monkeypatch.setattr(attention, "lacking", lambda *where: "")
-    found = bench.run_case(bench.choose(bench.all_cases(CPU), "attention/48/fa3-fp8")[0], CPU)
-    assert found["state"] == "ok" and found["error"] > 0.01 and found["dtype"] == "fp8"
+    found = measured(f"attention/48/{variant}")[f"attention/48/{variant}"]
+    assert found["state"] == "ok" and found["error"] > 0.01 and found["dtype"] == dtype
 
 
 def test_the_decoders_truth_is_cudnns_in_fp32():
