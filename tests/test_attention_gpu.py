@@ -94,14 +94,17 @@ def test_inside_of_compiled_code_and_a_cuda_graph(backend, mode, tmp_path):
     """What compiles at its first call (FA4) does so in the wrapper's warm-up, for every shape."""
     on_gpu(backend)
     module = Attention(backend)
-    for shape in ((1, 77, 3, 128), (2, 1025, 24, 128)):
+    shapes = [(2, 1025, 24, 128)]
+    if mode == "compile":  # a package takes the C++ compiler's ten seconds for every shape
+        shapes.insert(0, (1, 77, 3, 128))
+    for shape in shapes:
         q, k, v = qkv(shape)
         torch._dynamo.reset()
         if mode == "compile":
             run = torch.compile(module, fullgraph=True)
         else:
             program = torch.export.export(module, (q, k, v))
-            path = str(tmp_path / f"{shape[1]}.pt2")
+            path = str(tmp_path / "attention.pt2")
             torch._inductor.aoti_compile_and_package(program, package_path=path)
             run = torch._inductor.aoti_load_package(path, run_single_threaded=True)
         run = CUDAGraphWrapper(run, "attention")
