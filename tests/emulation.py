@@ -1,7 +1,8 @@
 """Products of a GPU by their numbers on a CPU: torchao casts as there, sums are fp32 here.
 
 Only its checks of the hardware are put aside, and products that a CPU lacks are made from the same
-float8, MXFP8 or NVFP4 numbers. For pictures and errors; times mean nothing.
+float8, MXFP8 or NVFP4 numbers, attention's second one from weights in float8. For pictures and
+errors; times mean nothing.
 """
 
 import warnings
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+
+from utils.kernels import flash_attention
 
 
 @contextmanager
@@ -71,4 +74,28 @@ def blocks():
         mock.patch.object(nvfp4_tensor, "_addmm_nvfp4_dispatch", dispatch),
         mock.patch.object(mx_formats, name, emulated),
     ):
+        yield
+
+
+@contextmanager
+def softmax():
+    """Round attention's weights to e4m3 where Q, K and V are, as FlashAttention-3's kernel does.
+
+    Its weights reach from 0 to 2**8, and their sum is that before the rounding; up to 224 keys, a
+    tile of its own, the largest score is known before any weight. The op multiplies in fp32 what
+    was float8, so a model in bf16 is told from it by that.
+    Source: hopper/softmax.h of FlashAttention 3 (Max_offset)
+    """
+    plain = flash_attention._sdpa
+
+    def attend(q, k, v, pinned=None):
+        if q.dtype != torch.float32:
+            return plain(q, k, v, pinned)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).exp() * 2**8
+        out = weights.to(flash_attention.E4M3).float() @ v / weights.sum(dim=-1, keepdim=True)
+        return out.transpose(1, 2)
+
+    with mock.patch.object(flash_attention, "_sdpa", attend):
         yield

@@ -4,6 +4,10 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch._dynamo.backends.common import aot_autograd
+
+from utils import aoti
+from utils.steps import on
 
 
 def transformer(
@@ -82,3 +86,53 @@ def pipeline(dtype=torch.bfloat16):
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def stepped(steps, dtype=torch.bfloat16, float8=False, attention="bf16", device="cpu"):
+    """Give a transformer after these steps, attention by torch's kernel."""
+    pipe = pipeline(dtype)
+    pipe.transformer.to(device)
+    plan = {"fa3": on(backend="sdpa", dtype=attention), "fused_kernels": on(float8=float8)}
+    args = SimpleNamespace(plan=plan | {"quant": on(granularity="row", filter="blocks")})
+    for step in steps:
+        step.apply(pipe, args)
+    return pipe.transformer
+
+
+def traced_products(block) -> list[tuple]:
+    """Compile both layers of a single block's MLP: of each float8 product the graph's arguments.
+
+    Returns: how many scales each operand has, the bias, the output's dtype.
+    """
+    found = []
+
+    def look(graph, _):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten._scaled_mm.default:
+                scales = [x.meta["val"].numel() for x in node.args[2:4]]
+                bias = node.args[4] if len(node.args) > 4 else node.kwargs.get("bias")
+                found.append((scales, bias, node.meta["val"].dtype))
+        return graph.forward
+
+    with torch.no_grad():
+        layers = torch.compile(
+            lambda x: block.proj_out(torch.cat([x, block.proj_mlp(x)], dim=-1)),
+            backend=aot_autograd(fw_compiler=look),
+            fullgraph=True,
+        )
+        layers(torch.zeros(1, 3, block.proj_mlp.in_features, dtype=torch.bfloat16))
+    return found
+
+
+def traced_and_exported(model, call: dict, tolerance: float) -> list[str]:
+    """Compare a transformer with itself, compiled whole and exported; name the exported nodes."""
+    expected = model(**call)[0]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert relative_error(compiled(**call)[0], expected) < tolerance
+    component = aoti.Component("transformer", model)
+    component.inputs = component.bind((), call)[0]
+    program = aoti.export(component)
+    assert relative_error(program.module()(**component.inputs)[0], expected) < tolerance
+    return [str(node.target) for node in program.graph.nodes]

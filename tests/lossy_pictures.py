@@ -79,8 +79,8 @@ def measure(args, prompts: list[str], plan: dict, kept: dict) -> dict:
     args.plan = args.plan | plan
     unscaled = "fa3" in plan and plan["fa3"].settings.get("scale") == "none"
     with ExitStack() as stack:
-        for part in (emulation.float8(), emulation.products(), emulation.blocks()):
-            stack.enter_context(part)
+        for part in ("float8", "products", "blocks", "softmax"):
+            stack.enter_context(getattr(emulation, part)())
         if unscaled:
             stack.enter_context(mock.patch.object(attention_processor, "quantize_heads", _cast))
         for step in STEPS:

@@ -7,7 +7,7 @@ import torch
 from conftest import make_args
 from test_quant import FEW, H200, arguments, on_cuda
 
-from tests.flux_pieces import inputs, pipeline, relative_error, transformer
+from tests.flux_pieces import inputs, pipeline, relative_error, traced_products, transformer
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.kernels.deferred_scales import LinearThenScales
@@ -144,26 +144,7 @@ def test_every_float8_product_is_bare_and_the_model_stays(cpu_float8):
             assert type(module) is kind
     assert relative_error(pipe.transformer(**inputs(2, **FEW))[0], plain) < 1.1 * before < 0.033
 
-    products = []
-
-    def look(graph, _):
-        for node in graph.graph.nodes:
-            if node.target is torch.ops.aten._scaled_mm.default:
-                scales = [x.meta["val"].numel() for x in node.args[2:4]]
-                bias = node.args[4] if len(node.args) > 4 else node.kwargs.get("bias")
-                products.append((scales, bias, node.meta["val"].dtype))
-        return graph.forward
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    block = pipe.transformer.single_transformer_blocks[0]
-    with torch.no_grad():
-        compiled = torch.compile(
-            lambda x: block.proj_out(torch.cat([x, block.proj_mlp(x)], dim=-1)),
-            backend=aot_autograd(fw_compiler=look),
-            fullgraph=True,
-        )
-        compiled(torch.zeros(1, 3, block.proj_mlp.in_features, dtype=torch.bfloat16))
+    products = traced_products(pipe.transformer.single_transformer_blocks[0])
     assert products == [([1, 1], None, torch.bfloat16)] * 2
 
 

@@ -11,13 +11,13 @@ from conftest import make_args, optimized
 from test_fused_kernels import lines_of
 
 from tests import float8_product_cases as cases
-from tests.flux_pieces import inputs, pipeline, relative_error, transformer
+from tests.flux_pieces import inputs, relative_error, stepped, transformer
 from utils import quality
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.kernels import float8_product
 from utils.kernels.float8_product import TILES, TritonFloat8Linear, choose_tile
-from utils.steps import fa3, fused_kernels, fused_mlp, fused_projections, on, quant, triton_float8
+from utils.steps import fa3, fused_kernels, fused_mlp, fused_projections, quant, triton_float8
 
 FEW = {"text": 3, "height": 1, "width": 5}
 H200 = Machine("cuda", "NVIDIA H200", (9, 0))
@@ -108,15 +108,8 @@ def test_opcheck_and_what_no_kernel_would_notice():
 
 def ready(kernels=False, step=True, device="cpu"):
     """Give a transformer with float8 Linears, whose products are torch's or the op's."""
-    pipe = pipeline()
-    pipe.transformer.to(device)
-    plan = {"fa3": on(backend="sdpa", dtype="bf16"), "fused_kernels": on(float8=True)}
-    args = SimpleNamespace(plan=plan | {"quant": on(granularity="row", filter="blocks")})
-    steps = [fused_projections, fused_mlp, fa3]
-    steps += [fused_kernels] * kernels + [quant] + [triton_float8] * step
-    for one in steps:
-        one.apply(pipe, args)
-    return pipe.transformer
+    steps = [fused_projections, fused_mlp, fa3] + [fused_kernels] * kernels + [quant]
+    return stepped(steps + [triton_float8] * step, float8=True, device=device)
 
 
 @pytest.mark.parametrize("kernels", [False, True])

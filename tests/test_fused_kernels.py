@@ -9,16 +9,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import fused_kernel_cases as cases
-from tests.flux_pieces import inputs, pipeline, relative_error, transformer
+from tests.flux_pieces import (
+    inputs,
+    relative_error,
+    stepped,
+    traced_and_exported,
+    transformer,
+)
 from utils.kernels import modulate, norm_rope
 from utils.kernels.flash_attention import flash_attn_func, quantize_heads
-from utils.steps import fa3, fused_kernels, fused_projections, on, quant
+from utils.steps import fa3, fused_kernels, fused_projections, quant
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = {"text": 3, "height": 1, "width": 5}  # tokens: torch's float8 product on a CPU is a slow one
@@ -134,21 +139,9 @@ def ready(
     device="cpu",
 ):
     """Give a transformer with every structural step, the fused kernels on or off."""
-    pipe = pipeline(dtype)
-    pipe.transformer.to(device)
-    precision = "fp8" if float8 and float8_attention else "bf16"
-    attention = on(backend="sdpa", dtype=precision)
-    plan = {"fa3": attention, "fused_kernels": on(float8=float8)}
-    plan["quant"] = on(granularity="row", filter="blocks")
-    args = SimpleNamespace(plan=plan)
-    if fused:
-        fused_projections.apply(pipe, args)
-    fa3.apply(pipe, args)
-    if kernels:
-        fused_kernels.apply(pipe, args)
-    if float8:
-        quant.apply(pipe, args)
-    return pipe.transformer
+    attention = "fp8" if float8 and float8_attention else "bf16"
+    steps = [fused_projections] * fused + [fa3] + [fused_kernels] * kernels + [quant] * float8
+    return stepped(steps, dtype, float8, attention, device)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -236,23 +229,11 @@ def test_ops_refuse_what_no_kernel_would_notice():
 
 @pytest.mark.parametrize("float8", [False, True])
 def test_traces_whole_and_exports(float8, float8_on_cpu):
-    from utils import aoti
-
-    model, call = ready(float8=float8), inputs(2, **FEW)
-    expected = model(**call)[0]
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert relative_error(compiled(**call)[0], expected) < 1e-6
-    component = aoti.Component("transformer", model)
-    component.inputs = component.bind((), call)[0]
-    program = aoti.export(component)
-    names = [str(node.target) for node in program.graph.nodes]
+    names = traced_and_exported(ready(float8=float8), inputs(2, **FEW), 1e-6)
     counts = {op: names.count(f"flux.{op}.default") for op in ("norm_modulate", "norm_rope")}
     assert counts == {"norm_modulate": 6, "norm_rope": 3}  # 2 x 2 + 2, one in each block
     assert names.count("flux.gelu_quantize.default") == 4 * float8
     assert names.count("aten._scaled_mm.default") == 14 * float8
-    assert relative_error(program.module()(**component.inputs)[0], expected) < 1e-6
 
 
 def test_blocks_compile_once_for_all_of_a_kind():

@@ -15,6 +15,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 LARGE_ROWS, LARGE_HEADS = (2, 1025, 3072), (2, 77, 1025, 24)
+# The GPU's own division, exp and rsqrt: one bit of a scale moves up to 0.7 % of V's values, one of
+# the mean 1 to 2 % of a constant row's, whose variance is 0
+TIES = 0.05
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def test_rows_against_truth_and_twin(kind, shape):
     results = cases.of_rows(kind, shape, modulate.norm_modulate, "cuda")
     for found in results + cases.of_gelu(kind, shape, modulate.gelu_quantize, "cuda"):
         assert found["error"] < cases.tolerance(found), found
-        assert found["differs"] < 10 * cases.TIES, found  # the GPU's own exp and rsqrt
+        assert found["differs"] < TIES, found
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
@@ -38,7 +41,7 @@ def test_rows_against_truth_and_twin(kind, shape):
 def test_heads_against_truth_and_twin(kind, case):
     for found in cases.of_heads(kind, case, norm_rope.norm_rope, "cuda"):
         assert found["error"] < cases.tolerance(found), found
-        assert found["differs"] < 10 * cases.TIES, found
+        assert found["differs"] < TIES, found
 
 
 @pytest.mark.parametrize("width", [12288, 1000])

@@ -7,13 +7,13 @@ import torch
 from conftest import make_args, optimized
 from torch._dynamo.testing import CompileCounter
 
-from tests.flux_pieces import inputs, pipeline, relative_error, transformer
+from tests.flux_pieces import inputs, pipeline, relative_error, stepped, transformer
 from tests.peak_tensors import PeakTensors
 from utils import quality
 from utils.errors import UserError
 from utils.kernels import fused_blocks
 from utils.kernels.joint_projection import JointFluxSingleTransformerBlock
-from utils.steps import fa3, fused_kernels, fused_mlp, fused_projections, on, quant
+from utils.steps import fa3, fused_kernels, fused_mlp, fused_projections, quant
 
 FLAG = "--fused_mlp"
 SHORT = ("--prompt", "a red circle on a blue background", "--num_inference_steps", "2")
@@ -21,20 +21,8 @@ SHORT = ("--prompt", "a red circle on a blue background", "--num_inference_steps
 
 def joined(dtype=torch.bfloat16, step=True, processor=True, kernels=False, float8=False):
     """Give a transformer with fused projections, with or without the step and what comes after."""
-    pipe = pipeline(dtype)
-    plan = {"fa3": on(backend="sdpa", dtype="bf16"), "fused_kernels": on(float8=float8)}
-    plan["quant"] = on(granularity="row", filter="blocks")
-    args = SimpleNamespace(plan=plan)
-    fused_projections.apply(pipe, args)
-    if step:
-        fused_mlp.apply(pipe, args)
-    if processor:
-        fa3.apply(pipe, args)
-    if kernels:
-        fused_kernels.apply(pipe, args)
-    if float8:
-        quant.apply(pipe, args)
-    return pipe.transformer
+    steps = [fused_projections] + [fused_mlp] * step + [fa3] * processor
+    return stepped(steps + [fused_kernels] * kernels + [quant] * float8, dtype, float8)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -12,7 +12,7 @@ from utils import peaks
 from utils.errors import UserError
 from utils.hardware import Machine, detect
 from utils.kernel_bench import __main__ as bench
-from utils.kernel_bench import attention, between, products, timing, trial
+from utils.kernel_bench import attention, between, decoder, products, timing, trial
 from utils.peaks import Peaks
 
 CPU = trial.Setting("cpu", trial.TINY, detect("cpu"))
@@ -119,10 +119,24 @@ def test_a_single_blocks_rope_has_a_truth_for_v():
     assert between.check(place, place.twin(*inputs), inputs)["error"] < place.bound
 
 
-def test_attention_in_float8_is_within_its_bound(monkeypatch):
+@pytest.mark.parametrize(("variant", "dtype"), [("fa3-fp8", "fp8"), ("int8", "int8")])
+def test_attention_in_8_bits_is_within_its_bound(variant, dtype, monkeypatch):
     monkeypatch.setattr(attention, "lacking", lambda *where: "")
-    found = bench.run_case(bench.choose(bench.all_cases(CPU), "attention/48/fa3-fp8")[0], CPU)
-    assert found["state"] == "ok" and found["error"] > 0.01 and found["dtype"] == "fp8"
+    found = measured(f"attention/48/{variant}")[f"attention/48/{variant}"]
+    assert found["state"] == "ok" and found["error"] > 0.01 and found["dtype"] == dtype
+
+
+def test_the_decoders_truth_is_cudnns_in_fp32():
+    """torch.backends.cudnn.flags() switches cuDNN off where it is not asked to keep it."""
+    cudnn, seen = torch.backends.cudnn, []
+    hook = decoder.decoder(CPU).register_forward_pre_hook(
+        lambda *_: seen.append((cudnn.enabled, cudnn.allow_tf32))
+    )
+    try:
+        assert decoder.truth.__wrapped__(CPU).dtype == torch.float32
+    finally:
+        hook.remove()
+    assert seen == [(True, False)]
 
 
 def test_a_wrong_or_failing_case_is_one_line_and_the_rest_goes_on():

@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
-from tests import lossy_pictures
+import pytest
+import torch
+
+from tests import emulation, lossy_pictures
 from utils import reference
+from utils.kernels import flash_attention as fa
 from utils.pipeline_utils import load_pipeline
 from utils.prompts import quality_prompts
 
@@ -26,6 +30,20 @@ def test_the_page_has_the_table():
     page = [line.strip() for line in PAGE.read_text().splitlines()]
     absent = [line for line in table.splitlines() if line not in page]
     assert not absent, "run: python -m tests.lossy_pictures --table"
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_softmax_is_rounded_to_float8_where_queries_and_keys_are(fp8):
+    """Two keys, the second one's score -1.125: of 256 times its weight, 83.1, float8 makes 80."""
+    k = torch.tensor([0.0, -4.5])[None, :, None, None].expand(1, 2, 1, 16) * torch.eye(1, 16)
+    q, v = torch.eye(1, 16)[None, :, None], torch.tensor([0.0, 1.0])[None, :, None, None]
+    given = [x.to(fa.E4M3 if fp8 else torch.bfloat16) for x in (q, k, v.expand(k.shape))]
+    one = torch.ones(1, 1) if fp8 else None
+    with emulation.softmax():
+        found = fa.flash_attn_func(*given, one, one, one)
+    weight = torch.tensor(-1.125).exp()
+    expected = (80 / 256 if fp8 else weight) / (1 + weight)
+    torch.testing.assert_close(found, torch.full_like(found, expected))
 
 
 def test_turned_queries_and_keys_lose_less_again():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import make_args
-from tests.flux_pieces import inputs, relative_error, transformer
+from tests.flux_pieces import inputs, relative_error, traced_and_exported, transformer
 from tests.test_attention import head_errors, make, run_fp8, truth
 from tests.test_attention_choice import GPU, installed
 from utils.errors import UserError
@@ -88,20 +88,9 @@ def test_the_processor_without_a_cast_is_diffusers(monkeypatch):
 
 
 def test_it_traces_whole_and_exports():
-    from utils import aoti
-
-    model, call = large_channel(True, True), inputs(2, dtype=torch.float32)
-    expected = model(**call)[0]
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert relative_error(compiled(**call)[0], expected) < 1e-5
-    component = aoti.Component("transformer", model)
-    component.inputs = component.bind((), call)[0]
-    program = aoti.export(component)
-    names = [str(node.target) for node in program.graph.nodes]
+    model = large_channel(True, True)
+    names = traced_and_exported(model, inputs(2, dtype=torch.float32), 1e-5)
     assert names.count("flux.norm_rope.default") == 3  # one in each block
-    assert relative_error(program.module()(**component.inputs)[0], expected) < 1e-5
 
 
 def test_it_is_asked_for_and_goes_with_float8_attention_only():

@@ -12,7 +12,8 @@ from utils.kernels import flash_attention as fa
 from utils.steps import fa3
 
 QUERIES = 64
-BF16_BOUND, FP8_BOUND = 0.01, 0.1  # twice and 1.5 times what the CPU's kernels may have in a test
+# Twice, once and 1.5 times what the CPU's kernels may have in a test
+BOUNDS = {"bf16": 0.01, "int8": 0.03, "fp8": 0.1}
 FP8 = "-fp8"  # ending of a variant
 VARIANTS = ("sdpa", "fa3-fp8", *(name for name in fa.BACKENDS if name != "sdpa"))
 
@@ -58,6 +59,7 @@ def make(setting: Setting, shape: tuple, variant: str) -> Trial:
     """Prepare one backend at one shape."""
     fp8 = variant.endswith(FP8)
     backend = variant.removesuffix(FP8)
+    dtype = "fp8" if fp8 else "int8" if backend == "int8" else "bf16"
     if reason := lacking(setting, backend, fp8):
         raise Unavailable(reason)
     batch, tokens, heads, width = shape
@@ -65,9 +67,9 @@ def make(setting: Setting, shape: tuple, variant: str) -> Trial:
         run=partial(fa.flash_attn_func, backend=backend),
         draw=partial(draw, setting, shape, fp8),
         check=partial(check, setting, shape),
-        bound=FP8_BOUND if fp8 else BF16_BOUND,
+        bound=BOUNDS[dtype],
         flop=4 * batch * heads * tokens * tokens * width,
-        dtype="fp8" if fp8 else "bf16",
+        dtype=dtype,
     )
 
 

@@ -45,7 +45,7 @@ def draw(setting: Setting, seed: int) -> tuple[torch.Tensor]:
 @cache
 def truth(setting: Setting) -> torch.Tensor:
     """Decode the first set of latents in fp32."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return copy.deepcopy(decoder(setting)).float()(draw(setting, 0)[0].float())
 
 

@@ -51,40 +51,6 @@ def plain_float8_product(x, x_scale, weight, weight_scale, bias=None, residual=N
 
 
 @triton.jit
-def _write(
-    out,
-    row_scale,
-    rows,
-    column,
-    weight_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    gate_ptr,
-    out_ptr,
-    count,
-    tokens,
-    gate_batch,
-    N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """Scale half a tile, add what there is to add, and store it."""
-    columns = column + tl.arange(0, WIDTH)
-    within = columns < N
-    out = out * row_scale[:, None] * tl.load(weight_scale_ptr + columns, within, 0.0)[None, :]
-    if BIAS:
-        out += tl.load(bias_ptr + columns, within, 0.0).to(tl.float32)[None, :]
-    inside = (rows < count)[:, None] & within[None, :]
-    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    if RESIDUAL:
-        batch = (rows // tokens * gate_batch)[:, None]
-        gate = tl.load(gate_ptr + batch + columns[None, :], inside, 0.0).to(tl.float32)
-        out = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32) + gate * out
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
-
-
-@triton.jit
 def float8_product_kernel(
     x_ptr,
     x_scale_ptr,
@@ -124,24 +90,19 @@ def float8_product_kernel(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(out, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         for side in tl.static_range(2):
-            _write(
-                left if side == 0 else right,
-                scale,
-                rows,
-                column + side * HALF,
-                weight_scale_ptr,
-                bias_ptr,
-                residual_ptr,
-                gate_ptr,
-                out_ptr,
-                count,
-                tokens,
-                gate_batch,
-                N,
-                HALF,
-                BIAS,
-                RESIDUAL,
-            )
+            columns = column + side * HALF + tl.arange(0, HALF)
+            within = columns < N
+            column_scale = tl.load(weight_scale_ptr + columns, within, 0.0)
+            half = (left if side == 0 else right) * scale[:, None] * column_scale[None, :]
+            if BIAS:
+                half += tl.load(bias_ptr + columns, within, 0.0).to(tl.float32)[None, :]
+            inside = (rows < count)[:, None] & within[None, :]
+            at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+            if RESIDUAL:
+                batch = (rows // tokens * gate_batch)[:, None]
+                gate = tl.load(gate_ptr + batch + columns[None, :], inside, 0.0).to(tl.float32)
+                half = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32) + gate * half
+            tl.store(out_ptr + at, half.to(out_ptr.dtype.element_ty), inside)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
