@@ -68,8 +68,8 @@ startup() {
 correct() {
   local limit=$1
   shift
-  timeout -s INT -k 20 "$limit" python3 -m pytest -m gpu -v --tb=short --durations=10 \
-    -p no:cacheprovider "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE " (PASSED|SKIPPED)" | tail -n 60
+  timeout -s INT -k 20 "$limit" python3 -m pytest -m gpu -v --tb=short --durations=10 -n 4 \
+    --dist loadfile -p no:cacheprovider "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE " (PASSED|SKIPPED)" | tail -n 60
 }
 
 # kernels SECONDS CASES FLAGS...: one by one; a process a call, so that a lost device loses no more
@@ -107,14 +107,14 @@ for part in "$@"; do
     correct) # every GPU path against its plain twin
       correct 550 tests ;;
     correct-kernels) # ours and the packages', without the stack around them
-      correct 180 tests/test_{attention_gpu,fused_kernels_gpu,float8_product_gpu,quant,cudagraph}.py \
+      correct 230 tests/test_{attention_gpu,fused_kernels_gpu,float8_product_gpu,quant,cudagraph}.py \
         tests/test_{denoise,deferred_scales,text_quant,device_images,subpixel_upsampling}.py ;;
     correct-stack) # every mode against eager; compiles for most of its time
       correct 400 tests/test_{stack_gpu,decoder_gpu,export_aoti,image_encoder}.py \
         tests/test_{extras_controlnet,memory_gpu}.py ;;
     kernels) # each at FLUX.1's shapes, checked: what torch and the packages bring, and ours
-      kernels 170 'product/*' --skip_compiled
-      kernels 100 'attention/*,between/*,decoder/*,text/*,transfer/*' --skip_compiled ;;
+      kernels 220 'product/*' --skip_compiled
+      kernels 130 'attention/*,between/*,decoder/*,text/*,transfer/*' --skip_compiled ;;
     kernels-compiled) # the same places by the compiler, the cheapest first
       kernels 200 'between/*/inductor,decoder/group-norm*/inductor*'
       kernels 200 'product/*inductor*'

@@ -186,6 +186,14 @@ class PretendedCuda:
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
         self.captures = SimpleNamespace(wait_stream=lambda other: None)
+        self.forgotten = []
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(
+            torch._C,
+            "_cuda_endAllocateToPool",
+            lambda *args: self.forgotten.append(args),
+            raising=False,
+        )
 
     @contextmanager
     def stream(self, stream):
@@ -238,6 +246,9 @@ def test_a_failed_capture_says_why_and_leaves_its_stream(monkeypatch):
     with pytest.raises(RuntimeError, match=r"ValueError: synchronises; then .* invalidated"):
         fn(torch.ones(2))
     assert cuda.current == "main" and fn.num_graphs == 0 and gc.isenabled()
+    assert cuda.forgotten == [(0, (0, 1))]  # the allocator waits for no end of it
+    fn(torch.ones(3))
+    assert fn.num_graphs == 1 and len(cuda.forgotten) == 1
 
 
 def test_inference_mode_may_come_and_go():
@@ -317,7 +328,7 @@ def test_gpu_expanded_input():
 @pytest.mark.gpu
 @gpu_only
 def test_gpu_a_failed_capture_is_named():
-    """In a process of its own: the allocator goes on waiting for the end of the capture."""
+    """In a process of its own, and that process can capture again."""
     script = """
 import torch
 from utils.cudagraph import CUDAGraphWrapper
@@ -327,7 +338,10 @@ try:
     CUDAGraphWrapper(lambda x: x * x.sum().item(), "decoder")(torch.ones(2, device="cuda"))
 except RuntimeError as error:
     print(torch.cuda.current_stream() == before, error)
+double = CUDAGraphWrapper(lambda x: 2 * x, "decoder")
+print(double(torch.full((2,), 3.0, device="cuda")).tolist())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.startswith("True CUDA graph of decoder: recording failed"), done
     assert "not permitted when stream is capturing" in done.stdout, done
+    assert done.stdout.endswith("[6.0, 6.0]\n"), done

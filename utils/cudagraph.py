@@ -13,7 +13,7 @@ one for both.
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,15 @@ def uncollected():
             gc.enable()
 
 
+def _forget_capture(pool) -> None:
+    """End what a failed capture leaves open: torch raises before its allocator hears of the end.
+
+    Otherwise every later capture of the process is refused (torch 2.11, CUDAGraph::capture_end).
+    """
+    with suppress(RuntimeError):  # it had heard
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+
+
 class CUDARecorder:
     """Record with torch.cuda.CUDAGraph into a memory pool that all graphs share.
 
@@ -72,8 +81,12 @@ class CUDARecorder:
         with torch.cuda.stream(stream):  # left after a failed capture too, which torch's own is not
             for _ in range(WARMUP_CALLS):
                 fn()
-            with uncollected(), capture:  # waits for the device first
-                outputs = fn()  # held by replay(): a later capture cannot take their memory
+            try:
+                with uncollected(), capture:  # waits for the device first
+                    outputs = fn()  # held by replay(): a later capture cannot take their memory
+            except Exception:
+                _forget_capture(self.pool)
+                raise
 
         def replay() -> Any:
             graph.replay()
