@@ -1,7 +1,12 @@
 """The served models without a server: requests, batching by iteration, contract, environment."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -241,6 +246,39 @@ def test_a_wrong_command_is_refused_before_anything_slow(tmp_path):
         "--rate 0: expected more than 0",
         "--sizes 128: expected such as 128x128,96x64",
     ]
+
+
+def test_without_the_client_nothing_is_started(monkeypatch):
+    """It would wait for a server that it cannot ask."""
+    monkeypatch.setitem(sys.modules, "tritonclient", None)
+    pins = _pins((repository.HERE / "requirements.txt").read_text().splitlines())
+    install = f"pip install tritonclient[grpc]=={pins['tritonclient[grpc,http]']}"
+    (problem,) = serve.problems_of(serve.parse_args(["--http-port", "0"])[0])
+    assert problem == f"found no module tritonclient, expected Triton's client: {install}"
+
+
+def test_an_impatient_ctrl_c_does_not_cut_the_clean_up_short(monkeypatch):
+    monkeypatch.setattr(serve, "STOP_S", 1)
+    before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    serve.end_by_signals()
+    server = serve.Server(*serve.parse_args([]))
+    server.process = subprocess.Popen(  # a server that takes its time
+        ["sh", "-c", "trap '' TERM; echo; sleep 60"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    server.process.stdout.readline()
+    left = Path("/dev/shm") / f"{server.region}left"
+    left.touch()
+    second = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    second.start()
+    try:
+        server.stop()
+    finally:
+        second.join()
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+        server.process.kill()
+    assert server.process.returncode == -signal.SIGKILL
+    assert not left.exists() and not server.folder.exists()
 
 
 def test_overhead_is_told_apart_from_drift():
