@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import queue
 import signal
 import threading
 import time
@@ -165,6 +166,23 @@ def test_models_called_directly_have_bounds_too(client):
     length.set_data_from_numpy(np.array([[10**9]], dtype=np.int32))
     with pytest.raises(InferenceServerException, match="found 1000000000, expected at most 512"):
         client.connection.infer("t5_encoder", [texts, length])
+
+
+def test_a_cancellation_names_a_job_and_a_question_of_health_a_model(client):
+    """Jobs without a name would all be stopped; a mistyped model would be as healthy as can be."""
+    from tritonclient.utils import InferenceServerException
+
+    cancel = client.grpc.InferInput("cancel", [1, 1], "BOOL")
+    cancel.set_data_from_numpy(np.array([[True]]))
+    found: queue.SimpleQueue = queue.SimpleQueue()
+    client.connection.start_stream(lambda result, error: found.put(error))
+    client.connection.async_stream_infer("dit_transformer", [cancel])
+    assert "job: found nothing, expected the name" in found.get(timeout=30).message()
+    client.connection.stop_stream()
+    model = client.grpc.InferInput("model", [1], "BYTES")
+    model.set_data_from_numpy(np.array([b"dit"], dtype=np.object_))
+    with pytest.raises(InferenceServerException, match="model: found 'dit', expected one of clip_"):
+        client.connection.infer("deep_health", [model])
 
 
 def test_only_the_one_who_started_it_loads_models(served, client):

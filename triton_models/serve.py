@@ -134,6 +134,8 @@ class Server:
             "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub takes its prefix from here
             "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{libraries}",
             "PYTHONUNBUFFERED": "1",
+            # Triton would start an instance on each GPU: one transformer has to hear cancellations
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
             "OMP_NUM_THREADS": str(args.threads),  # torch's own setting holds for one thread only
             **KEEP_MEMORY,
         }
