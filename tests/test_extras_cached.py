@@ -14,8 +14,9 @@ from conftest import make_args
 from doctor_pieces import ROOT, without
 from PIL import Image
 
-from extras import cached
+from extras import cached, prompts
 from utils import artifacts
+from utils.errors import UserError
 
 PICTURE = {  # flags that may change the picture: each has to enter the key
     "acceleration",
@@ -121,6 +122,20 @@ def test_contents_count_where_a_flag_names_a_file(args, tmp_path):
         Image.new("RGB", (16, 16), colour).save(other.image)
         names.add(name(other))
     assert len(names) == 2
+
+
+def test_a_long_negative_prompt_is_no_file(args):
+    other = copy.copy(args)
+    other.negative_prompt = "no " * 100
+    assert cached.request_identity(other)["files"] == {}
+
+
+def test_what_takes_more_than_one_call_is_refused(monkeypatch):
+    """Of swapped LoRAs only the first would have been drawn."""
+    for module, flags in ((cached, []), (prompts, ["--generate"])):
+        monkeypatch.setattr("sys.argv", ["x", *flags, "--prompt", "a", "--swap_loras"])
+        with pytest.raises(UserError, match=r"--swap_loras: .* use --lora alone, or gen_image"):
+            module.main()
 
 
 def test_settings_of_steps_weights_versions_and_code_count(args, tmp_path, monkeypatch):
