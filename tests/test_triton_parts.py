@@ -382,6 +382,12 @@ def test_the_server_sees_one_gpu(tmp_path, monkeypatch, given, shown):
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == shown
 
 
+def test_percentiles_are_latencies_that_were_seen():
+    seconds = [float(k) for k in range(100, 0, -1)]
+    assert loadtest.percentiles(seconds) == {"p50_s": 50, "p90_s": 90, "p99_s": 99}
+    assert loadtest.percentiles([2.0, 1.0]) == {"p50_s": 1, "p90_s": 2, "p99_s": 2}
+
+
 def test_overhead_is_told_apart_from_drift():
     """Costs of 1 ms a step and 20 ms an image; a forward that slows down, and is slower there."""
     found = np.zeros((5, 2, 2, 2))
