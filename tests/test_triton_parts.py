@@ -10,6 +10,7 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -246,6 +247,66 @@ def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(args, monk
         model._denoise(wanted, [None], [None], left, time.perf_counter() + 60)
     model.callers.shutdown()
     assert begun == [0]
+
+
+class Asked:
+    """A Triton request of the transformer, and what it was answered."""
+
+    def __init__(self, **tensors) -> None:
+        self.tensors, self.errors = tensors, []
+
+    def inputs(self) -> list:
+        def tensor(name: str, value):
+            return SimpleNamespace(
+                name=lambda: name, as_numpy=lambda: np.array(value), to_dlpack=lambda: value
+            )
+
+        return [tensor(name, value) for name, value in self.tensors.items()]
+
+    def get_response_sender(self) -> "Asked":
+        return self
+
+    def send(self, response=None, flags: int = 0) -> None:
+        self.errors += [response.error] if response else []
+
+
+def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
+    triton = SimpleNamespace(
+        TritonError=lambda words, code: words,
+        InferenceResponse=lambda outputs, error=None: SimpleNamespace(error=error),
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+    )
+    triton.TritonError.INVALID_ARG = triton.TritonError.INTERNAL = None
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    model = _model("dit_transformer").TritonPythonModel()
+    model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
+    model.running, model.cancelled = {}, set()
+    model.denoiser = Denoiser(Velocity(), (1, 2))
+
+    def given(rows: int) -> dict:
+        return {
+            "latents": torch.zeros(rows, 1, 1),
+            "timestep": torch.ones(rows, 1),
+            "size": [[16, 16]] * rows,
+            "prompt_embeds": torch.zeros(rows, 1, 1),
+            "pooled_prompt_embeds": torch.zeros(rows, 1),
+            "job": b"a",
+        }
+
+    def full(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    unnamed, large, unlucky = Asked(cancel=True), Asked(**given(3)), Asked(**given(1))
+    model.execute([unnamed, large])
+    monkeypatch.setattr(model, "own", full)
+    model.execute([unlucky])
+    model.finalize()
+    assert unnamed.errors == [
+        "INVALID_ARGUMENT: job: found nothing, expected the name of the job to cancel"
+    ]
+    assert large.errors == ["INVALID_ARGUMENT: latents: found 3 rows, expected at most 2"]
+    assert unlucky.errors == ["INTERNAL: CUDA out of memory"]
+    assert model.running == {} and not model.cancelled
 
 
 def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):

@@ -72,7 +72,8 @@ class TritonPythonModel:
             try:
                 self._take(parts.Inputs(request), sender)
             except Exception as error:
-                _reply(sender, error=parts.failure(error, "INVALID_ARGUMENT"))
+                code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else "INTERNAL"
+                _reply(sender, error=parts.failure(error, code))
 
     def own(self, inputs: parts.Inputs, name: str):
         """Give a tensor that outlives execute(), after which Triton takes its memory back."""
