@@ -81,6 +81,7 @@ def _sources_digest() -> str:
     return artifacts.code_digest(list(SOURCES.rglob("*.py")))
 
 
+@functools.cache
 def _flags() -> set[str]:
     """Name every flag of a run that may change its picture."""
     return {action.dest for action in create_parser()._actions} - {"help"} - NEUTRAL.keys()
