@@ -45,11 +45,12 @@ def request_identity(args) -> dict:
     """Say all that a prepared run's pictures depend on, as utils/artifacts compares it."""
     identity = _of_run(args)
     flags = {name: value for name, value in vars(args).items() if name in _flags()}
-    named = (value for value in flags.values() if isinstance(value, str))
+    named = [value for value in flags.values() if isinstance(value, str)]
     return identity | {
         "component": "request",
         "flags": {name: _plain(value) for name, value in flags.items()},
-        "files": {name: _digest(Path(name)) for name in named if Path(name).is_file()},
+        # not Path.is_file: a long negative prompt is no name that a file could have
+        "files": {name: _digest(Path(name)) for name in named if os.path.isfile(name)},
     }
 
 
@@ -80,6 +81,7 @@ def _sources_digest() -> str:
     return artifacts.code_digest(list(SOURCES.rglob("*.py")))
 
 
+@functools.cache
 def _flags() -> set[str]:
     """Name every flag of a run that may change its picture."""
     return {action.dest for action in create_parser()._actions} - {"help"} - NEUTRAL.keys()
@@ -193,6 +195,8 @@ def main() -> None:
 
     args = parse_arguments()
     limit = parse_size(args.max_size)
+    if args.swap_loras:
+        raise UserError("--swap_loras: a request is one call; use --lora alone, or gen_image.py")
     if problem := artifacts.cache_problem(args.request_cache):
         raise UserError(problem.replace("--cache-dir", "--request_cache", 1))
     quiet_libraries()

@@ -9,7 +9,6 @@ is seeded with --seed + k, so it equals that of gen_image.py with that prompt an
 """
 
 import copy
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +139,10 @@ def main() -> None:
         return
     if args.prompt and args.prompt_file:
         raise UserError("--prompt_file: found together with --prompt, expected one of them")
+    if args.generate and args.swap_loras:
+        raise UserError(
+            "--swap_loras: a prompt is one call here; use --lora alone, or gen_image.py"
+        )
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompt or []
     if not prompts:
         raise UserError("--prompt: none given (expected --prompt, or --prompt_file)")
@@ -175,7 +178,6 @@ def _generate(args) -> None:
             one.output_file = str(target.with_stem(f"{target.stem}_{k}"))
         for path in save_images(generate(pipeline, one), one, reused_steps(pipeline, one)):
             print(f"wrote {path}")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

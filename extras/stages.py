@@ -51,6 +51,8 @@ def check(args) -> None:
         problems.append(f"--polish_strength {args.polish_strength:g}: expected 0 to 1")
     if args.num_images_per_prompt != 1 or len(args.prompt or ()) > 1:
         problems.append("--prompt, --num_images_per_prompt: stages make one picture a call")
+    if args.swap_loras:
+        problems.append("--swap_loras: stages make one picture; use --lora alone, or gen_image.py")
     if problems:
         raise UserError("\n".join(problems))
 

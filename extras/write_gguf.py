@@ -31,17 +31,21 @@ def write(folder: Path, path: Path, kind: str, encode=quantize) -> dict[str, int
     """Write the transformer in `folder` (diffusers' layout); the file is there whole or not at all.
 
     Returns: how many tensors are of each type
+    Raises: UserError if there are no weights.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
     from safetensors import safe_open
 
+    weights_files = sorted(folder.glob("*.safetensors"))
+    if not weights_files:
+        raise UserError(f"--ckpt: found no *.safetensors in {folder}")
     block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     writer = GGUFWriter(temporary, "flux")
     counts = Counter()
     try:
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weights_files:
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  not a dict
                     tensor = weights.get_tensor(name).float().numpy()

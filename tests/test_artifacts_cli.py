@@ -166,13 +166,25 @@ def test_prune_removes_leftovers_and_what_is_unusable(run, tmp_path):
     assert left == {f"{good.name}.json", good.files[".pt2"].name}
 
 
+def test_prune_leaves_what_is_renamed_meanwhile(run, tmp_path, monkeypatch):
+    glob = Path.glob
+
+    def found(folder, pattern):
+        return [*glob(folder, pattern), *([folder / ".digests.1.json.x.tmp"] * (pattern[0] == "."))]
+
+    monkeypatch.setattr(Path, "glob", found)
+    assert run("prune") == (0, [f"{tmp_path}: freed 0.0 MiB, 0.0 MiB left"])
+
+
 def test_prune_leaves_a_build_alone(run, tmp_path):
-    identity = IDENTITY | {"component": "decoder"}
+    identity, other = IDENTITY | {"component": "decoder"}, add(tmp_path, "transformer")
     with artifacts.building(tmp_path, identity) as scratch:
-        (scratch / "package.pt2").write_bytes(b"half")
-        code, lines = run("prune", "--max-size", "0")
+        (scratch / "package.pt2").write_bytes(bytes(2**20))
+        code, lines = run("prune", "--max-size", "0.5MiB")
         assert code == 0 and "being built by another process" in lines[0]
-        assert (scratch / "package.pt2").exists()
+        assert lines[1:] == [f"{tmp_path}: freed 0.0 MiB, 0.0 MiB left"]  # it does not count
+        assert (scratch / "package.pt2").exists() and other.files[".pt2"].exists()
+        assert len(run("prune", "--max-size", "0")[1]) == 3
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from utils.pipeline_utils import STEPS
 PINNED = {"torch": "2.13.0+cpu", "torchao": "0.18.0", "triton": "3.7.1"}
 BAD = {  # a change to what is pinned -> the pair that it forms
     ("torchao", "0.12.0"): "torchao older than 0.17",
-    ("torch", "2.11.0"): "torchao 0.18 with a torch older than 2.13",
+    ("torch", "2.11.0"): "torchao 0.18 with a torch older than 2.12",
     ("triton", "3.6.0"): "torch 2.13 with another triton than 3.7",
     ("flash-attn-3", "0.0.1"): "flash-attn-3 from PyPI",
     ("torchvision", "0.28.0"): "torchvision for CUDA beside a CPU build of torch",
@@ -131,6 +131,34 @@ def test_a_hub_that_answers_and_one_that_does_not(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
     assert checks.hub()[0].text == "a token in HF_TOKEN"
     assert "averysecret" not in str(checks.hub())
+
+
+def test_a_hub_that_is_none_is_a_note(hub):
+    """The usual slip, and what a gateway may say."""
+    import socket
+
+    hub("hub.example")
+    assert "cannot be reached (unknown url type: 'hub.example')" in checks.hub()[1].text
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+
+        def answer() -> None:
+            with gateway.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"no HTTP at all\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        hub(f"http://127.0.0.1:{gateway.getsockname()[1]}")
+        assert "cannot be reached (no HTTP at all" in checks.hub()[1].text
+
+
+def test_a_gpu_is_missing_only_where_torch_sees_none(monkeypatch):
+    import torch
+
+    cpu = Machine("cpu", "a processor")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    for sees, states in ((False, ["ok", "problem"]), (True, ["ok"])):  # --device cpu beside a GPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda sees=sees: sees)
+        assert [found.state for found in checks.hardware(cpu, None)] == states
 
 
 def test_a_hub_that_is_silent_costs_the_timeout_only(hub):

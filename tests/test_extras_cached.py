@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import json
 import os
 import shutil
 import threading
@@ -14,8 +13,9 @@ from conftest import make_args
 from doctor_pieces import ROOT, without
 from PIL import Image
 
-from extras import cached
+from extras import cached, prompts
 from utils import artifacts
+from utils.errors import UserError
 
 PICTURE = {  # flags that may change the picture: each has to enter the key
     "acceleration",
@@ -99,18 +99,19 @@ def test_every_flag_is_classified():
     assert flags >= PICTURE and not cached.NEUTRAL.keys() & PICTURE
 
 
-def test_each_field_changes_the_key_and_neutral_ones_do_not(args):
-    before = name(args)
+def test_each_field_changes_the_key_and_neutral_ones_do_not(args, monkeypatch):
+    before, of_run = name(args), cached._of_run(args)
+    for flag in cached.NEUTRAL:
+        other = copy.copy(args)
+        setattr(other, flag, getattr(args, flag, None) if flag == "cache_dir" else "another value")
+        assert name(other) == before, flag
+    monkeypatch.setattr(cached, "_of_run", lambda args: of_run)  # the flag itself has to count
     for flag in PICTURE:
         other = copy.copy(args)
         setattr(other, flag, "another value")
         if flag in ("image", "gguf_file"):  # of any content: its digest counts
             setattr(other, flag, str(ROOT / "tiny_flux" / "source.png"))
         assert name(other) != before, flag
-    for flag in cached.NEUTRAL:
-        other = copy.copy(args)
-        setattr(other, flag, getattr(args, flag, None) if flag == "cache_dir" else "another value")
-        assert name(other) == before, flag
 
 
 def test_contents_count_where_a_flag_names_a_file(args, tmp_path):
@@ -121,6 +122,20 @@ def test_contents_count_where_a_flag_names_a_file(args, tmp_path):
         Image.new("RGB", (16, 16), colour).save(other.image)
         names.add(name(other))
     assert len(names) == 2
+
+
+def test_a_long_negative_prompt_is_no_file(args):
+    other = copy.copy(args)
+    other.negative_prompt = "no " * 100
+    assert cached.request_identity(other)["files"] == {}
+
+
+def test_what_takes_more_than_one_call_is_refused(monkeypatch):
+    """Of swapped LoRAs only the first would have been drawn."""
+    for module, flags in ((cached, []), (prompts, ["--generate"])):
+        monkeypatch.setattr("sys.argv", ["x", *flags, "--prompt", "a", "--swap_loras"])
+        with pytest.raises(UserError, match=r"--swap_loras: .* use --lora alone, or gen_image"):
+            module.main()
 
 
 def test_settings_of_steps_weights_versions_and_code_count(args, tmp_path, monkeypatch):
@@ -181,20 +196,6 @@ def without_diffusers() -> None:
     without("diffusers")
 
 
-def without_extras() -> None:
-    without("extras")
-
-
-def test_the_stored_picture_is_that_of_gen_image(first, tmp_path):
-    _, _, picture = first
-    (tmp_path / "x.png").write_bytes(picture)
-    call = ("gen_image.py", "--device", "cpu", "--output-file", tmp_path / "y.png")
-    assert doctor_pieces.run(*call, folder=tmp_path).code == 0
-    with Image.open(tmp_path / "x.png") as one, Image.open(tmp_path / "y.png") as other:
-        assert one.tobytes() == other.tobytes()
-        assert one.text == other.text  # how it was made
-
-
 def test_another_seed_takes_the_embeddings_of_the_first(first, tmp_path):
     folder, _, _ = first
     done, picture = request(folder / "seed", "--seed", "3")
@@ -203,6 +204,7 @@ def test_another_seed_takes_the_embeddings_of_the_first(first, tmp_path):
     assert doctor_pieces.run(*call, folder=tmp_path).code == 0
     with Image.open(picture) as one, Image.open(tmp_path / "y.png") as other:
         assert one.tobytes() == other.tobytes()
+        assert one.text == other.text  # how it was made
 
 
 @pytest.mark.parametrize(
@@ -263,14 +265,8 @@ def test_what_was_used_longest_ago_leaves_first(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
-def test_benchmarks_have_no_memory(tmp_path):
-    flags = ("--num_runs", "1", "--num_warmup", "0", "--quality_prompts", "1", "--device", "cpu")
-    done = doctor_pieces.run("run_benchmark.py", *flags, folder=tmp_path, before=without_extras)
-    assert done.code == 0, done.output
-    assert json.loads(done.output.splitlines()[-1])["total_s"]["n"] == 1
-
-
 def test_the_core_imports_nothing_of_the_extras():
+    """So that benchmarks have no memory."""
     for file in (*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):

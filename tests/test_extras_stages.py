@@ -70,6 +70,7 @@ def test_the_command_says_where_the_time_went(tmp_path, monkeypatch, capsys):
         (("--details_strength", "2"), "--details_strength 2: expected above 0, at most 1"),
         (("--polish_strength", "-1"), "--polish_strength -1: expected 0 to 1"),
         (("--num_images_per_prompt", "2"), "stages make one picture a call"),
+        (("--swap_loras",), "--swap_loras: stages make one picture; use --lora alone"),
         (("--ckpt", "tiny-kontext"), "found a kontext checkpoint"),
         (("--modulation_once",), "--modulation_once: not for stages"),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from doctor_pieces import ROOT
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from extras import tiles, upscale
 from extras.pictures import open_picture, save_picture
@@ -200,6 +201,22 @@ def test_words_of_any_script_survive(tmp_path):
     for name in ("x.png", "x.jpg", "x.webp"):
         save_picture(Image.new("RGB", (16, 16)), tmp_path / name, about, 100)
         assert open_picture(tmp_path / name)[1] == about
+
+
+def test_grey_of_16_bits_keeps_its_upper_8(tmp_path):
+    """Depth maps are such; PIL alone makes of them a white picture."""
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / "depth.png")
+    image, _ = open_picture(tmp_path / "depth.png")
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image)[..., 1], levels >> 8)
+
+
+def test_words_too_long_for_a_png_are_one_line(tmp_path):
+    about = PngInfo()
+    about.add_text("prompt", "a" * 2**21, zip=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png", pnginfo=about)
+    with pytest.raises(UserError, match=r"IMAGE .*: cannot be read"):
+        open_picture(tmp_path / "x.png")
 
 
 def test_faces_are_refused_unless_they_are_one_aligned_face(tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 import struct
+import sys
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import make_args, optimized
 from diffusers.quantizers.gguf.utils import GGUFLinear, dequantize_gguf_tensor
 from test_cli import script
 
+from extras import write_gguf
 from extras.write_gguf import transformer_folder, write
 from tests.k_quants import KINDS, encode
 from utils import quality
@@ -20,6 +22,7 @@ from utils.gguf_file import read_header
 from utils.hardware import Machine
 from utils.memory import weights_gib
 from utils.pipeline_utils import load_pipeline
+from utils.steps.gguf import local_file
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q4_0", "Q4_K", "Q3_K")
 FOLDER = transformer_folder("tiny-schnell")
@@ -231,22 +234,34 @@ def test_a_mode_without_a_file_and_an_unreachable_hub():
     assert line.startswith("--gguf_file nobody/none-gguf: not in the local cache")
 
 
-def test_the_documented_commands_run(tmp_path):
+def test_the_documented_commands_run(tmp_path, monkeypatch, capsys):
     file, picture = tmp_path / "tiny.gguf", tmp_path / "x.png"
-    done = script("-m", "extras.write_gguf", "--type", "Q5_1", "--output-file", str(file))
-    assert done.returncode == 0 and "34 Q5_1" in done.stdout
+    words = ["write_gguf", "--type", "Q5_1", "--output-file", str(file)]
+    monkeypatch.setattr(sys, "argv", words)
+    write_gguf.main()
+    assert "34 Q5_1" in capsys.readouterr().out
     assert read_header(file).types == {"Q5_1": 34}
     done = script("gen_image.py", "--gguf_file", str(file), "--output-file", str(picture))
     assert done.returncode == 0, done.stderr
     assert "types=Q5_1:34" in done.stdout and picture.stat().st_size > 1000
-    done = script("gen_image.py", "--gguf_file", str(picture), "--output-file", str(picture))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-def test_the_writer_refuses_in_one_line(tmp_path):
-    for words in (["--output-file", "x.bin"], ["--output-file", str(tmp_path / "no" / "x.gguf")]):
-        done = script("-m", "extras.write_gguf", *words)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
+def test_the_writer_refuses_in_one_line(tmp_path, monkeypatch):
+    for name in ("x.bin", str(tmp_path / "no" / "x.gguf")):
+        monkeypatch.setattr(sys, "argv", ["write_gguf", "--output-file", name])
+        with pytest.raises(UserError, match=r"expected a name ending in \.gguf in a"):
+            write_gguf.main()
+    with pytest.raises(UserError, match=r"found no .*safetensors in"):  # nor an empty file
+        write(tmp_path, tmp_path / "x.gguf", "Q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_folder_is_no_repository(tmp_path, monkeypatch):
+    """A shell leaves `--gguf_file=~/x.gguf` as it is; two slashes are a name on the hub."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_file("~/models/x.gguf") == tmp_path / "models" / "x.gguf"
+    with pytest.raises(UserError, match="no such file"):
+        read_header(local_file("~/models/x.gguf"))
 
 
 def test_the_checkpoints_own_transformer_is_not_loaded(files):

@@ -71,7 +71,7 @@ def test_held_out_triples_are_disjoint_and_about_a_tenth():
 
 def test_checker_reads_all_of_the_renderers_pictures():
     rng = random.Random(4)
-    for scene in _scenes(150, 4):
+    for scene in _scenes(75, 4):
         assert all(check_image(render(scene, sample_jitter(rng)), scene).values()), scene
 
 

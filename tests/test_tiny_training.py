@@ -108,13 +108,15 @@ def test_guidance_is_ignored_at_first(start):
 
 
 def test_training_runs_and_resumes(tmp_path, monkeypatch):
-    """In this process, with next to no distillation of CLIP."""
+    """In this process, with small batches and next to no distillation of CLIP."""
     import torch
 
     from tiny_flux import grow, train_dev
 
     out, work = tmp_path / "out", tmp_path / "work"
     monkeypatch.setattr(grow, "CLIP_STEPS", 2)
+    for batch in ("EDIT_TOKENS", "CAPTION_TOKENS", "TEACHER_TOKENS"):
+        monkeypatch.setattr(train_dev, batch, 2 * 152)
     monkeypatch.setattr(train_dev, "launch", lambda work, procs, *args: work(0, 1, *args))
     for steps in (2, 3):
         command = ["train_dev", *TRAIN, "--steps-student", str(steps), "--procs", "1"]

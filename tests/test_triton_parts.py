@@ -1,7 +1,16 @@
 """The served models without a server: requests, batching by iteration, contract, environment."""
 
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,12 +169,10 @@ def test_one_step_gives_the_velocity():
     assert ended == [(job, None)] and torch.equal(job.latents, torch.full((1, 8, 1), 4.0))
 
 
-def test_a_cancelled_job_stops_at_its_next_step_and_a_failing_one_fails_alone():
+def test_a_cancelled_job_stops_at_its_next_step():
     velocity, gone = Velocity(), threading.Event()
     denoiser = Denoiser(velocity, (1, 2))
     left, ended = _job(1.0, 50, is_cancelled=gone.is_set, after_step=lambda job: gone.set())
-    broken, failed = _job(1.0, 2)
-    broken.pooled = torch.zeros(1, 1, 1, 1)  # cannot be in one batch with another's
     whole, finished = _job(2.0, 2, 32, 32)
     for job in (left, whole):
         denoiser.submit(job)
@@ -174,8 +181,153 @@ def test_a_cancelled_job_stops_at_its_next_step_and_a_failing_one_fails_alone():
     assert isinstance(ended[0][1], Cancelled) and left.step == 1
     assert finished == [(whole, None)]
     with pytest.raises(ValueError, match="found 3 rows, expected at most 2"):
-        Denoiser(velocity, (1, 2)).submit(SimpleNamespace(rows=3))
-    assert failed == []
+        denoiser.submit(SimpleNamespace(rows=3))
+
+
+def test_a_job_of_wrong_shapes_fails_alone():
+    """Whoever calls the transformer directly may send anything; others' forwards go on."""
+
+    def checked(**inputs) -> torch.Tensor:
+        if inputs["pooled"].shape[1:] != (1,):
+            raise RuntimeError("shapes cannot be multiplied")
+        return velocity(**inputs)
+
+    velocity = Velocity()
+    velocity.gate.set()
+    denoiser = Denoiser(checked, (1, 2))
+    (broken, failed), (whole, finished) = _job(1.0, 2), _job(2.0, 2)
+    broken.pooled = torch.zeros(1, 3)
+    for job in (broken, whole):
+        denoiser.submit(job)
+    denoiser.close()
+    assert failed[0][0] is broken and "cannot be multiplied" in str(failed[0][1])
+    assert finished == [(whole, None)]
+
+
+def test_what_fails_behind_a_forward_leaves_the_worker_alive():
+    """A GPU says there what went wrong in the forward."""
+    denoiser = Denoiser(lambda **inputs: torch.zeros(0, 8, 1), (1,))
+    jobs = [_job(1.0, 2), _job(2.0, 2)]
+    for job, _ in jobs:
+        denoiser.submit(job)
+    denoiser.close()
+    assert [len(ended) for _, ended in jobs] == [1, 1]
+    assert all(isinstance(ended[0][1], RuntimeError) for _, ended in jobs)
+
+
+def _model(name: str):
+    """Import a served model's own file."""
+    spec = importlib.util.spec_from_file_location(name, repository.HERE / name / "1" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(args, monkeypatch):
+    """The transformer does not know them yet, so that their name stops nothing."""
+    orchestrator, begun, gate = _model("bls_orchestrator"), [], threading.Event()
+
+    def job(image: int, inputs: dict, tell) -> None:
+        begun.append(image)
+        gate.wait(10)
+
+    def cancel(name: str) -> None:
+        gate.set()
+        raise RuntimeError("dit_transformer: its stub is dead")
+
+    monkeypatch.setattr(orchestrator, "_denoising_job", job)
+    monkeypatch.setattr(orchestrator.calls, "cancel", cancel)
+    model = orchestrator.TritonPythonModel()
+    model.start, model.callers = orchestrator.Start(args), ThreadPoolExecutor(1)
+    model.limits = requests.Limits()
+    given = Given(prompt=[b"a"], num_images_per_prompt=4, num_inference_steps=1)
+    wanted = requests.read(given, args, model.limits)
+    left = SimpleNamespace(is_cancelled=lambda: bool(begun))
+    with pytest.raises(orchestrator.Stopped):
+        model._denoise(wanted, [None], [None], left, time.perf_counter() + 60)
+    model.callers.shutdown()
+    assert begun == [0]
+
+
+class Asked:
+    """A Triton request of the transformer, and what it was answered."""
+
+    def __init__(self, **tensors) -> None:
+        self.tensors, self.errors = tensors, []
+
+    def inputs(self) -> list:
+        def tensor(name: str, value):
+            return SimpleNamespace(
+                name=lambda: name, as_numpy=lambda: np.array(value), to_dlpack=lambda: value
+            )
+
+        return [tensor(name, value) for name, value in self.tensors.items()]
+
+    def get_response_sender(self) -> "Asked":
+        return self
+
+    def send(self, response=None, flags: int = 0) -> None:
+        self.errors += [response.error] if response else []
+
+
+def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
+    triton = SimpleNamespace(
+        TritonError=lambda words, code: words,
+        InferenceResponse=lambda outputs, error=None: SimpleNamespace(error=error),
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+    )
+    triton.TritonError.INVALID_ARG = triton.TritonError.INTERNAL = None
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    model = _model("dit_transformer").TritonPythonModel()
+    model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
+    model.running, model.cancelled = {}, set()
+    model.denoiser = Denoiser(Velocity(), (1, 2))
+
+    def given(rows: int) -> dict:
+        return {
+            "latents": torch.zeros(rows, 1, 1),
+            "timestep": torch.ones(rows, 1),
+            "size": [[16, 16]] * rows,
+            "prompt_embeds": torch.zeros(rows, 1, 1),
+            "pooled_prompt_embeds": torch.zeros(rows, 1),
+            "job": b"a",
+        }
+
+    def full(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    unnamed, large, unlucky = Asked(cancel=True), Asked(**given(3)), Asked(**given(1))
+    model.execute([unnamed, large])
+    monkeypatch.setattr(model, "own", full)
+    model.execute([unlucky])
+    model.finalize()
+    assert unnamed.errors == [
+        "INVALID_ARGUMENT: job: found nothing, expected the name of the job to cancel"
+    ]
+    assert large.errors == ["INVALID_ARGUMENT: latents: found 3 rows, expected at most 2"]
+    assert unlucky.errors == ["INTERNAL: CUDA out of memory"]
+    assert model.running == {} and not model.cancelled
+
+
+def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):
+    health, gate = _model("deep_health"), threading.Event()
+    answers = {"one": torch.zeros(1), "two": torch.full((1,), float("nan"))}
+
+    def call(name: str) -> torch.Tensor:
+        if name == "dead":
+            raise RuntimeError("its stub\nis dead")
+        return answers.get(name) if name in answers else gate.wait(10)
+
+    monkeypatch.setattr(health, "call", call)
+    model = health.TritonPythonModel()
+    names = ["one", "hangs", "two", "dead", "hangs too"]
+    model.requests, model.timeout_s = dict.fromkeys(names, ()), 0.5
+    start = time.perf_counter()
+    words = model._ask(names)
+    gate.set()
+    silent = "no answer within 0.5 s"
+    assert words == ["", silent, "answered with NaN or infinity", "its stub is dead", silent]
+    assert time.perf_counter() - start < 0.9
 
 
 def test_the_contract_page_is_that_of_the_configs():
@@ -241,6 +393,60 @@ def test_a_wrong_command_is_refused_before_anything_slow(tmp_path):
         "--rate 0: expected more than 0",
         "--sizes 128: expected such as 128x128,96x64",
     ]
+
+
+def test_without_the_client_nothing_is_started(monkeypatch):
+    """It would wait for a server that it cannot ask."""
+    monkeypatch.setitem(sys.modules, "tritonclient", None)
+    pins = _pins((repository.HERE / "requirements.txt").read_text().splitlines())
+    install = f"pip install tritonclient[grpc]=={pins['tritonclient[grpc,http]']}"
+    (problem,) = serve.problems_of(serve.parse_args(["--http-port", "0"])[0])
+    assert problem == f"found no module tritonclient, expected Triton's client: {install}"
+
+
+def test_an_impatient_ctrl_c_does_not_cut_the_clean_up_short(monkeypatch):
+    monkeypatch.setattr(serve, "STOP_S", 1)
+    before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    serve.end_by_signals()
+    server = serve.Server(*serve.parse_args([]))
+    server.process = subprocess.Popen(  # a server that takes its time
+        ["sh", "-c", "trap '' TERM; echo; sleep 60"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    server.process.stdout.readline()
+    left = Path("/dev/shm") / f"{server.region}left"
+    left.touch()
+    second = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    second.start()
+    try:
+        server.stop()
+    finally:
+        second.join()
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+        server.process.kill()
+    assert server.process.returncode == -signal.SIGKILL
+    assert not left.exists() and not server.folder.exists()
+
+
+@pytest.mark.parametrize(("given", "shown"), [(None, "0"), ("3,1", "3")])
+def test_the_server_sees_one_gpu(tmp_path, monkeypatch, given, shown):
+    """Triton starts an instance on each that it sees."""
+    started = {}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr(repository, "environment", lambda env: env / "bin" / "python3")
+    monkeypatch.setattr(repository, "write_backend", lambda folder, env: env / "tritonserver")
+    monkeypatch.setattr(serve.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(serve.subprocess, "Popen", lambda command, **how: started.update(how))
+    serve.Server(*serve.parse_args(["--ckpt", "tiny-dev"])).start()
+    assert started["env"]["CUDA_VISIBLE_DEVICES"] == shown
+
+
+def test_percentiles_are_latencies_that_were_seen():
+    seconds = [float(k) for k in range(100, 0, -1)]
+    assert loadtest.percentiles(seconds) == {"p50_s": 50, "p90_s": 90, "p99_s": 99}
+    assert loadtest.percentiles([2.0, 1.0]) == {"p50_s": 1, "p90_s": 2, "p99_s": 2}
 
 
 def test_overhead_is_told_apart_from_drift():

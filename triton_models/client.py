@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError, run_script
+from utils.steps import import_problem
 
 ORCHESTRATOR, HEALTH = "bls_orchestrator", "deep_health"
 TYPES = {  # request field -> Triton's type and numpy's
@@ -29,6 +30,13 @@ TYPES = {  # request field -> Triton's type and numpy's
     "format": ("BYTES", np.object_),
     "progress": ("BOOL", np.bool_),
 }
+
+
+def missing_package() -> str:
+    """Say what this Python lacks to ask a server, and what brings it; "" if nothing is missing."""
+    if problem := import_problem("tritonclient", "tritonclient.grpc"):
+        return f"found {problem}, expected Triton's client: pip install tritonclient[grpc]==2.73.0"
+    return ""
 
 
 class ServerError(Exception):
@@ -48,10 +56,12 @@ class ServerError(Exception):
 class Client:
     """One connection. Use it with `with`: an open one holds a server's shutdown.
 
-    `key` is what `serve` wants for loading and unloading.
+    `key` is what `serve` wants for loading and unloading. Raises: UserError without the package.
     """
 
     def __init__(self, port: int = 8001, host: str = "127.0.0.1", key: str = "") -> None:
+        if problem := missing_package():
+            raise UserError(problem)
         import tritonclient.grpc as grpc
 
         self.grpc, self.key = grpc, key

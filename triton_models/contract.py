@@ -71,9 +71,9 @@ ERRORS = (  # model, code, when
         "dit_transformer",
         "INVALID_ARGUMENT",
         "an input is missing or beyond a bound; size no multiple of 16, or of another number of "
-        "tokens than latents; "
-        "guidance for a checkpoint without, or none for one with; N of timestep and step_lengths "
-        "differ, or is not 1 without step_lengths; more rows than the largest batch",
+        "tokens than latents; guidance for a checkpoint without, or none for one with; N of "
+        "timestep and step_lengths differ, or is not 1 without step_lengths; more rows than the "
+        "largest batch; cancel without job",
     ),
     ("dit_transformer", "CANCELLED", "a request of its `job` with `cancel` came"),
     (
@@ -81,6 +81,7 @@ ERRORS = (  # model, code, when
         "INVALID_ARGUMENT",
         "size beyond the bound, no multiple of 16, or of another number of tokens than latents",
     ),
+    ("deep_health", "INVALID_ARGUMENT", "no model of this name"),
     ("all four", "INTERNAL", "the forward failed: its own words"),
     ("all four", "UNAVAILABLE", "the queue is full, or a request waited in it for 60 s"),
 )

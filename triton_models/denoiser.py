@@ -54,9 +54,10 @@ class Job:
 
     @property
     def kind(self) -> tuple:
-        """What rows of one forward have in common."""
-        text = self.prompt_embeds.shape[1]
-        return self.height, self.width, text, self.guidance is None, self.latents.shape[1]
+        """What rows of one forward have in common; nothing that cannot be joined shares one."""
+        tensors = self.latents, self.prompt_embeds, self.pooled
+        shapes = tuple(tensor.shape[1:] for tensor in tensors)
+        return self.height, self.width, shapes, self.guidance is None
 
 
 class Cancelled(Exception):
@@ -129,19 +130,17 @@ class Denoiser:
             job.queue_s += clock - job.ready_at
         try:
             velocity = self._velocity(jobs)
+            seconds = time.perf_counter() - clock  # on a GPU: until it was queued
+            parts = velocity.split([job.rows for job in jobs])
+            moved = [_moved(job, own) for job, own in zip(jobs, parts, strict=True)]
         except Exception as error:  # a failed forward fails its jobs, not the server
             for job in jobs:
                 self._end(job, error)
             return
-        seconds = time.perf_counter() - clock  # on a GPU: until it was queued
-        for job, own in zip(jobs, velocity.split([job.rows for job in jobs]), strict=True):
+        for job, latents in zip(jobs, moved, strict=True):
             job.batches.append(len(velocity))
             job.forward_s += seconds * job.rows / len(velocity)
-            if job.lengths is None:
-                job.latents = own
-            else:  # as the scheduler rounds: the product in the model's dtype, the sum in fp32
-                length = job.lengths[:, job.step, None, None]
-                job.latents = (job.latents.float() + _times(length, own)).to(own.dtype)
+            job.latents = latents
             job.step += 1
             job.ready_at = time.perf_counter()
             if job.step == job.timesteps.shape[1]:
@@ -174,6 +173,17 @@ class Denoiser:
             job.done(job, error)
         except Exception as failed:  # the worker outlives a reply that cannot be sent
             print(f"denoiser: a reply could not be sent: {failed}", file=sys.stderr, flush=True)
+
+
+def _moved(job: Job, velocity: torch.Tensor) -> torch.Tensor:
+    """Give a job's latents after its step, or the velocity itself if that is what it wants.
+
+    As the scheduler rounds: the product in the model's dtype, the sum in fp32.
+    """
+    if job.lengths is None:
+        return velocity
+    length = job.lengths[:, job.step, None, None]
+    return (job.latents.float() + _times(length, velocity)).to(velocity.dtype)
 
 
 def _times(length: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> tuple[Outcome, float]:
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """Give the usual ones; nearest rank, so that each is a latency that was seen."""
     ranked = sorted(seconds)
-    return {f"p{p}_s": ranked[min(len(ranked) - 1, len(ranked) * p // 100)] for p in (50, 90, 99)}
+    return {f"p{p}_s": ranked[-(-len(ranked) * p // 100) - 1] for p in (50, 90, 99)}
 
 
 def batch_rows(grown: dict[str, float]) -> dict[str, int]:

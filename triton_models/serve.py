@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from triton_models import repository
+from triton_models.client import Client, missing_package
 from triton_models.parts import HEALTH, MODELS, ROOT
 
 STOP_S = 30
@@ -87,6 +88,8 @@ def problems_of(args: argparse.Namespace) -> list[str]:
                 f"--write-repository {folder}: the folder {folder.parent} does not exist"
             )
         return problems
+    if problem := missing_package():  # asks whether the server is ready, and then watches it
+        problems.append(problem)
     if repository.VERSION not in repository.STUBS:
         problems.append(
             f"found {repository.VERSION}, expected one of {', '.join(repository.STUBS)}: Triton's "
@@ -131,6 +134,8 @@ class Server:
             "PATH": f"{python.parent}:{os.environ['PATH']}",  # the stub takes its prefix from here
             "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{libraries}",
             "PYTHONUNBUFFERED": "1",
+            # Triton would start an instance on each GPU: one transformer has to hear cancellations
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
             "OMP_NUM_THREADS": str(args.threads),  # torch's own setting holds for one thread only
             **KEEP_MEMORY,
         }
@@ -164,8 +169,6 @@ class Server:
 
         Raises: RuntimeError with the end of the server's log.
         """
-        from triton_models.client import Client
-
         start = time.perf_counter()
         while time.perf_counter() - start < self.args.timeout:
             if self.process.poll() is not None:
@@ -187,8 +190,6 @@ class Server:
         """
         from tritonclient.utils import InferenceServerException
 
-        from triton_models.client import Client
-
         done = []
         with Client(self.args.grpc_port, key=self.key) as client:
             found, now = client.unhealthy(), time.monotonic()
@@ -207,6 +208,8 @@ class Server:
 
     def stop(self) -> None:
         """Stop the server and its stubs, and remove what they would leave."""
+        for impatient in (signal.SIGINT, signal.SIGTERM):  # a second one would leave it all behind
+            signal.signal(impatient, signal.SIG_IGN)
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):

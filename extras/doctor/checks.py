@@ -4,6 +4,7 @@ A finding is "ok", a "note" (worth knowing, nothing is broken) or a "problem", w
 cures it where one is known. No finding ever holds the hub's token.
 """
 
+import http.client
 import os
 import re
 import shutil
@@ -42,7 +43,7 @@ def hardware(machine: Machine, driver: str | None) -> list[Finding]:
         found.append(
             Finding("driver", "ok", f"NVIDIA {driver}, torch for CUDA {torch.version.cuda}")
         )
-    if machine.device == "cpu" and shutil.which("nvidia-smi"):
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():  # not: --device cpu
         found.append(
             Finding(
                 "driver",
@@ -135,12 +136,12 @@ def hub(timeout_s: float = HUB_TIMEOUT_S) -> list[Finding]:
         text = "not asked: HF_HUB_OFFLINE is set, so only downloaded and bundled models are used"
         return [*found, Finding("hub", "note", text, "unset HF_HUB_OFFLINE")]
     start = time.perf_counter()
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(request, timeout=timeout_s).close()
     except urllib.error.HTTPError:
         pass  # an answer, whatever it says of this page
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # HF_ENDPOINT may be anything
         why = getattr(error, "reason", error)
         text = f"{constants.ENDPOINT} cannot be reached ({why}); the bundled models need no hub"
         return [*found, Finding("hub", "note", text)]

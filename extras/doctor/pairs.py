@@ -56,7 +56,7 @@ PAIRS = (
         TRIED,
     ),
     Pair(
-        "torchao 0.18 with a torch older than 2.13",
+        "torchao 0.18 with a torch older than 2.12",
         lambda v: (
             _older(v, "torch", "2.12")
             and not _older({"torchao": Version("0")} | v, "torchao", "0.18")

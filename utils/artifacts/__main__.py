@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -188,18 +189,21 @@ def prune(root: Path, max_size: int | None) -> None:
 
     What another process is building is left alone, and does not count.
     """
-    freed = 0
+    freed, busy = 0, set()
     for path in root.glob(".*.tmp"):
-        if not NAME.match(path.name) and time.time() - path.lstat().st_mtime > ABANDONED_S:
-            freed += path.lstat().st_size
-            remove(path)
+        with suppress(FileNotFoundError):  # renamed meanwhile: somebody is writing it
+            status = path.lstat()
+            if not NAME.match(path.name) and time.time() - status.st_mtime > ABANDONED_S:
+                freed += status.st_size
+                remove(path)
     for name in package_names(root):
         with locked(root, name, wait=False) as held:  # a lock that nobody holds goes with it
             if not held:
+                busy.add(name)
                 print(f"{name}: being built by another process, left alone")
             elif entry := package(root, name):
                 freed += _tidy(root, entry)
-    found = entries(root)
+    found = [entry for entry in entries(root) if entry.name not in busy]
     total = sum(entry.size for entry in found)
     for entry in found if max_size is not None else ():
         if total <= max_size:

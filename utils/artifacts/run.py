@@ -6,27 +6,17 @@ from pathlib import Path
 from utils.artifacts.identity import code_digest, environment
 from utils.artifacts.private import open_cache
 from utils.artifacts.store import nearest
-from utils.steps import (
-    device_images,
-    gguf,
-    image_encoder,
-    loop_graph,
-    memory,
-    step_mask,
-    text_encoders,
-    text_padding,
-)
+from utils.steps import gguf
 
 UTILS = Path(__file__).resolve().parent.parent
-# Steps that call the packages otherwise, or not at all, and are not in them
-OUTSIDE = (
-    device_images,
-    image_encoder,
-    loop_graph,
-    memory,
-    step_mask,
-    text_encoders,
-    text_padding,
+OUTSIDE = (  # steps that call the packages otherwise, or not at all, and are not in them
+    "device_images",
+    "image_encoder",
+    "loop_graph",
+    "memory",
+    "step_mask",
+    "text_encoders",
+    "text_padding",
 )
 # Sources that shape a package beside the kernels and the steps that are on: a test follows imports
 GRAPH = ("aoti.py", "calls.py", "denoise.py", "steps/__init__.py")
@@ -90,9 +80,8 @@ def sources_of_run(steps: dict) -> list[Path]:
 
 def identity_of_run(args, compiler: dict) -> dict:
     """Say what every package of this run depends on."""
-    steps = {name: verdict for name, verdict in args.plan.items() if verdict.is_on}
-    for step in OUTSIDE:
-        steps.pop(step.NAME, None)
+    plan = args.plan.items()
+    steps = {name: verdict for name, verdict in plan if verdict.is_on and name not in OUTSIDE}
     return known_early(args, compiler) | {
         "checkpoint": weights_of_run(args),
         "steps": {name: verdict.settings for name, verdict in steps.items()},

@@ -44,8 +44,8 @@ def local_file(name: str) -> Path:
 
     Raises: UserError if the hub does not have it or cannot be reached.
     """
-    path = Path(name)
-    if path.exists() or name.count("/") != 2 or name.startswith(("/", ".")):
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") != 2 or name.startswith(("/", ".", "~")):
         return path
     from utils.checkpoints import hub_file
 

@@ -17,6 +17,7 @@ evaluated or opened as a path. `python model.py --ckpt tiny-dev` checks noise an
 themselves against FluxPipeline.
 """
 
+import contextlib
 import queue
 import sys
 import threading
@@ -160,6 +161,7 @@ class TritonPythonModel:
         timesteps, lengths = self.start.levels(wanted.height, wanted.width, wanted.steps)
         name = uuid.uuid4().hex
         news: queue.SimpleQueue = queue.SimpleQueue()
+        jobs = []
         for image in range(wanted.images):
             tensors = {
                 "job": calls.text(name),
@@ -173,11 +175,14 @@ class TritonPythonModel:
             }
             if wanted.guidance is not None:
                 tensors["guidance"] = torch.tensor([[wanted.guidance]], dtype=torch.float32)
-            self.callers.submit(_denoising_job, image, tensors, news.put)
+            jobs.append(self.callers.submit(_denoising_job, image, tensors, news.put))
         try:
             return self._follow(wanted, sender, deadline, news)
         except BaseException:
-            calls.cancel(name)
+            for job in jobs:
+                job.cancel()  # one that no thread has begun would run to its end for nobody
+            with contextlib.suppress(RuntimeError):  # a dead transformer has nothing to stop
+                calls.cancel(name)
             raise
 
     def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue) -> list:

@@ -1,12 +1,11 @@
 """Deep health: does every model still compute? Triton's own readiness stays true when a stub dies.
 
-Each model gets the smallest real request that it takes, within a time limit. `serve.py` asks here
-and reloads what does not answer; any other watchdog can.
+Each model gets the smallest real request that it takes, all at once and within one time limit.
+`serve.py` asks here and reloads what does not answer; any other watchdog can.
 """
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TooSlow
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -67,9 +66,15 @@ class TritonPythonModel:
 
         answers = []
         for request in requests:
-            wanted = parts.Inputs(request).value("model", b"").decode()
+            wanted = parts.Inputs(request).value("model", b"").decode(errors="replace")
             names = [name for name in self.requests if wanted in ("", name)]
-            words = [self._ask(name) for name in names]
+            if not names:
+                known = ", ".join(self.requests)
+                wrong = ValueError(f"model: found {wanted[:40]!r}, expected one of {known}")
+                error = parts.failure(wrong, "INVALID_ARGUMENT")
+                answers.append(pb_utils.InferenceResponse([], error))
+                continue
+            words = self._ask(names)
             tensors = {
                 "healthy": np.array([not line for line in words], dtype=bool),
                 "models": np.array([name.encode() for name in names], dtype=np.object_),
@@ -79,15 +84,19 @@ class TritonPythonModel:
             answers.append(pb_utils.InferenceResponse(outputs))
         return answers
 
-    def _ask(self, name: str) -> str:
-        """Call one model, in a thread that can be left: "" if it answered, else why not."""
-        threads = ThreadPoolExecutor(1)
-        try:
-            found = threads.submit(call, name, *self.requests[name]).result(self.timeout_s)
-            return "" if torch.isfinite(found.float()).all() else "answered with NaN or infinity"
-        except TooSlow:
+    def _ask(self, names: list[str]) -> list[str]:
+        """Call models at once, in threads that can be left: "" for an answer, else why not."""
+        threads = ThreadPoolExecutor(len(names))
+        asked = [threads.submit(call, name, *self.requests[name]) for name in names]
+        wait(asked, self.timeout_s)
+        threads.shutdown(wait=False)
+        return [self._verdict(one) for one in asked]
+
+    def _verdict(self, asked: Future) -> str:
+        if not asked.done():
             return f"no answer within {self.timeout_s:g} s"
+        try:
+            finite = torch.isfinite(asked.result().float()).all()
         except Exception as error:
             return " ".join(str(error).split())
-        finally:
-            threads.shutdown(wait=False)
+        return "" if finite else "answered with NaN or infinity"

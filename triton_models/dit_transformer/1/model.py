@@ -72,7 +72,8 @@ class TritonPythonModel:
             try:
                 self._take(parts.Inputs(request), sender)
             except Exception as error:
-                _reply(sender, error=parts.failure(error, "INVALID_ARGUMENT"))
+                code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else "INTERNAL"
+                _reply(sender, error=parts.failure(error, code))
 
     def own(self, inputs: parts.Inputs, name: str):
         """Give a tensor that outlives execute(), after which Triton takes its memory back."""
@@ -82,6 +83,8 @@ class TritonPythonModel:
     def _take(self, inputs: parts.Inputs, sender) -> None:
         name = inputs.value("job", b"").decode()
         if inputs.value("cancel", False):
+            if not name:  # jobs without a name are nobody's to stop
+                raise ValueError("job: found nothing, expected the name of the job to cancel")
             with self.lock:
                 if name in self.running:
                     self.cancelled.add(name)
@@ -138,9 +141,9 @@ class TritonPythonModel:
             after_step,
             is_cancelled=lambda: name in self.cancelled,
         )
-        with self.lock:
+        with self.lock:  # done() waits for it
+            self.denoiser.submit(job)
             self.running[name] = self.running.get(name, 0) + 1
-        self.denoiser.submit(job)
 
     def finalize(self) -> None:
         self.denoiser.close()
