@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.prepare import to_rgb
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MOST_PIXELS = {"JPEG": 65_535, "WEBP": 16_383}  # along an edge, by the formats themselves
@@ -37,19 +38,12 @@ def open_picture(path: str | Path) -> tuple:
     try:
         with Image.open(path) as opened:
             about = _about(opened)
-            return _rgb(ImageOps.exif_transpose(opened)), about
+            return to_rgb(ImageOps.exif_transpose(opened)), about
     except UnidentifiedImageError:
         raise UserError(f"IMAGE {path}: not an image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"IMAGE {path}: cannot be read ({why})") from None
-
-
-def _rgb(image):
-    """Convert to RGB; of grey with 16 bits the upper 8, where PIL makes all above 255 white."""
-    if image.mode.startswith("I"):
-        image = image.point(lambda level: level * (1 / 256), "L")
-    return image.convert("RGB")
 
 
 def _about(opened) -> dict[str, str]:

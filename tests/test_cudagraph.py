@@ -203,7 +203,8 @@ class PretendedCuda:
         finally:
             self.current = before
 
-    def graph(self, graph, pool):
+    def graph(self, graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         capture = self.capture()
         capture.capture_stream = self.captures
         return capture

@@ -107,6 +107,14 @@ def test_bad_images_are_refused_in_one_line(content, expected, tmp_path):
     assert len(str(refusal.value).splitlines()) == 1
 
 
+def test_grey_of_16_bits_keeps_its_levels(tmp_path):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / "depth.png")
+    read = np.asarray(args_of("--image", str(tmp_path / "depth.png")).pil_image)
+    assert read.shape == (256, 256, 3)
+    assert (read[..., 0] == levels >> 8).all()
+
+
 def test_an_image_is_needed():
     with pytest.raises(UserError, match="edits an image, none was given"):
         args_of()

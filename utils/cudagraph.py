@@ -75,7 +75,8 @@ class CUDARecorder:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(graph, pool=self.pool)
+        # Other threads of a server may allocate meanwhile
+        capture = torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local")
         stream = capture.capture_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # left after a failed capture too, which torch's own is not

@@ -231,6 +231,13 @@ def open_image(args):
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
+def to_rgb(image):
+    """Convert to RGB; of grey with 16 bits the upper 8, where PIL makes all above 255 white."""
+    if image.mode.startswith("I"):
+        image = image.point(lambda level: level * (1 / 256), "L")
+    return image.convert("RGB")
+
+
 def read_picture(flag: str, path: str):
     """Read the picture that a flag names, as it is meant to be seen.
 
@@ -241,7 +248,7 @@ def read_picture(flag: str, path: str):
 
     try:
         with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")  # phones store rotated pictures
+            return to_rgb(ImageOps.exif_transpose(opened))  # phones store rotated pictures
     except UnidentifiedImageError:
         size = Path(path).stat().st_size
         raise UserError(f"{flag} {path}: not an image ({size} bytes found)") from None
