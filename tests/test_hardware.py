@@ -64,6 +64,7 @@ def found(monkeypatch):
                 name=name, major=major, minor=minor, total_memory=memory_gib * GIB
             )
             monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+            monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
             monkeypatch.setattr(torch.version, "hip", hip)
 
     return report

@@ -67,6 +67,7 @@ def detect(device: str | None = None) -> Machine:
     index = torch.device(device or "cuda").index or 0
     if index >= torch.cuda.device_count():
         raise UserError(f"--device {device}: found {torch.cuda.device_count()} CUDA device(s)")
+    torch.cuda.set_device(index)  # graphs, packages and memory statistics mean the current device
     properties = torch.cuda.get_device_properties(index)
     return Machine(
         "cuda",
