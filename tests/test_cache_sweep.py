@@ -103,6 +103,23 @@ def test_the_committed_curves_are_drawn_from_their_rows(name):
     committed, drawn = path.with_suffix(".png"), io.BytesIO(curve.draw(rows))
     with Image.open(committed) as found, Image.open(drawn) as expected:
         assert found.tobytes() == expected.tobytes()
-    for preset in PRESETS:  # the curve that chose them has them
-        masks = {row["mask"] for row in rows if row["kind"] == "mask"}
-        assert PRESETS[preset].mask in masks
+    bound = rows[0]["quality"]["other_seed_psnr_db"] + curve.MARGIN_DB
+    for preset in PRESETS.values():  # the curve that chose them has them, above the bound
+        wanted = (preset.mask, preset.order, preset.gain)
+        (row,) = [row for row in rows if (row["mask"], row["order"], row["gain"]) == wanted]
+        assert row["quality"]["psnr_db_worst"] > bound
+
+
+def test_a_calibrated_mask_keeps_more_than_a_fixed_one_of_as_many_steps():
+    path = cache_sweep.ROOT / "results" / "curves" / "tiny-dev.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    worst = {row["name"]: row["quality"]["psnr_db_worst"] for row in rows}
+    for computed in (8, 10, 12, 14, 16):
+        fixed = [
+            row["quality"]["psnr_db_worst"]
+            for row in rows
+            if row["kind"] == "mask" and row["computed"] == computed
+        ]
+        assert len(fixed) >= 4 and worst[f"calibrated {computed}"] > max(fixed), computed
+    assert worst["calibrated 8"] > worst["cache-dit's fast o1 g0.5"]
+    assert worst["calibrated 12"] > worst["6/3 o1 g0.5"]

@@ -28,7 +28,8 @@ DEFAULT_CKPT = {"cuda": "black-forest-labs/FLUX.1-schnell", "cpu": "tiny-schnell
 DRAW, EDIT = "a lighthouse on a cliff at dawn, oil on canvas", "make it night, with the lamp lit"
 DEFAULT_PROMPT = {"schnell": DRAW, "dev": DRAW, "kontext": EDIT, "fill": DRAW}
 TINY_DRAW, TINY_EDIT = "a red circle on a blue background", "make the background green"
-TINY_PROMPT = {"schnell": TINY_DRAW, "dev": TINY_DRAW, "kontext": TINY_EDIT}
+TINY_STAR = "a yellow star on a black background"  # tiny-dev draws its circles badly
+TINY_PROMPT = {"schnell": TINY_DRAW, "dev": TINY_STAR, "kontext": TINY_EDIT}
 
 
 @dataclass(frozen=True)
