@@ -1,17 +1,12 @@
 """The served models without a server: requests, batching by iteration, contract, environment."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +14,6 @@ import torch
 
 from triton_models import contract, loadtest, overhead, parts, repository, requests, serve
 from triton_models.answers import in_batches
-from triton_models.denoiser import Cancelled, Denoiser, Job
 
 ROOT = parts.ROOT
 
@@ -102,232 +96,6 @@ def test_batches_have_the_sizes_that_are_warm():
     assert in_batches([1] * 7, (1, 2, 4)) == [[0, 1, 2, 3], [4, 5], [6]]
     assert in_batches([2, 1, 1, 3], (1, 2, 4)) == [[0, 1, 2], [3]]
     assert in_batches([], (1,)) == []
-
-
-class Velocity:
-    """A transformer whose velocity tells the rows apart: guidance times the row's own latents."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[float]] = []
-        self.gate = threading.Event()
-
-    def __call__(self, latents, timestep, guidance, prompt_embeds, pooled, height, width):
-        self.gate.wait(10)
-        self.batches.append(timestep.tolist())
-        assert (
-            len({tuple(row) for row in (latents.shape, (len(latents), height * width // 256, 1))})
-            == 1
-        )
-        return guidance[:, None, None] * latents
-
-
-def _job(number: float, steps: int, height: int = 64, width: int = 32, **more) -> tuple[Job, list]:
-    tokens, ended = height * width // 256, []
-    job = Job(
-        torch.full((1, tokens, 1), number),
-        torch.linspace(1, 1 / steps, steps)[None],
-        torch.full((1, steps), -1.0 / steps),
-        torch.tensor([number]),
-        torch.zeros(1, 4, 1),
-        torch.zeros(1, 1),
-        height,
-        width,
-        done=lambda job, error: ended.append((job, error)),
-        **more,
-    )
-    return job, ended
-
-
-def test_requests_join_each_others_steps_and_never_mix():
-    velocity = Velocity()
-    denoiser = Denoiser(velocity, (1, 2))
-    jobs = [_job(1.0, 4), _job(2.0, 2), _job(3.0, 3, 32, 64), _job(0.5, 4)]
-    for job, _ in jobs:
-        denoiser.submit(job)
-    velocity.gate.set()
-    denoiser.close()
-    for job, ended in jobs:
-        assert ended == [(job, None)]
-        number, steps = job.guidance.item(), job.timesteps.shape[1]
-        expected = number * (1 - number / steps) ** steps  # Euler's method on dx/dt = g x
-        torch.testing.assert_close(job.latents, torch.full_like(job.latents, expected))
-    together = [batch for batch in velocity.batches if len(batch) == 2]
-    assert together and any(a != b for a, b in together), velocity.batches  # at different steps
-    assert sum(len(batch) for batch in velocity.batches) == 4 + 2 + 3 + 4
-    assert all(batches <= 2 for job, _ in jobs for batches in job.batches)
-    assert all(job.queue_s > 0 for job, _ in jobs)  # all waited for the gate
-
-
-def test_one_step_gives_the_velocity():
-    velocity = Velocity()
-    velocity.gate.set()
-    denoiser = Denoiser(velocity, (1,))
-    job, ended = _job(2.0, 1)
-    job.lengths = None
-    denoiser.submit(job)
-    denoiser.close()
-    assert ended == [(job, None)] and torch.equal(job.latents, torch.full((1, 8, 1), 4.0))
-
-
-def test_a_cancelled_job_stops_at_its_next_step():
-    velocity, gone = Velocity(), threading.Event()
-    denoiser = Denoiser(velocity, (1, 2))
-    left, ended = _job(1.0, 50, is_cancelled=gone.is_set, after_step=lambda job: gone.set())
-    whole, finished = _job(2.0, 2, 32, 32)
-    for job in (left, whole):
-        denoiser.submit(job)
-    velocity.gate.set()
-    denoiser.close()
-    assert isinstance(ended[0][1], Cancelled) and left.step == 1
-    assert finished == [(whole, None)]
-    with pytest.raises(ValueError, match="found 3 rows, expected at most 2"):
-        denoiser.submit(SimpleNamespace(rows=3))
-
-
-def test_a_job_of_wrong_shapes_fails_alone():
-    """Whoever calls the transformer directly may send anything; others' forwards go on."""
-
-    def checked(**inputs) -> torch.Tensor:
-        if inputs["pooled"].shape[1:] != (1,):
-            raise RuntimeError("shapes cannot be multiplied")
-        return velocity(**inputs)
-
-    velocity = Velocity()
-    velocity.gate.set()
-    denoiser = Denoiser(checked, (1, 2))
-    (broken, failed), (whole, finished) = _job(1.0, 2), _job(2.0, 2)
-    broken.pooled = torch.zeros(1, 3)
-    for job in (broken, whole):
-        denoiser.submit(job)
-    denoiser.close()
-    assert failed[0][0] is broken and "cannot be multiplied" in str(failed[0][1])
-    assert finished == [(whole, None)]
-
-
-def test_what_fails_behind_a_forward_leaves_the_worker_alive():
-    """A GPU says there what went wrong in the forward."""
-    denoiser = Denoiser(lambda **inputs: torch.zeros(0, 8, 1), (1,))
-    jobs = [_job(1.0, 2), _job(2.0, 2)]
-    for job, _ in jobs:
-        denoiser.submit(job)
-    denoiser.close()
-    assert [len(ended) for _, ended in jobs] == [1, 1]
-    assert all(isinstance(ended[0][1], RuntimeError) for _, ended in jobs)
-
-
-def _model(name: str):
-    """Import a served model's own file."""
-    spec = importlib.util.spec_from_file_location(name, repository.HERE / name / "1" / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(args, monkeypatch):
-    """The transformer does not know them yet, so that their name stops nothing."""
-    orchestrator, begun, gate = _model("bls_orchestrator"), [], threading.Event()
-
-    def job(image: int, inputs: dict, tell) -> None:
-        begun.append(image)
-        gate.wait(10)
-
-    def cancel(name: str) -> None:
-        gate.set()
-        raise RuntimeError("dit_transformer: its stub is dead")
-
-    monkeypatch.setattr(orchestrator, "_denoising_job", job)
-    monkeypatch.setattr(orchestrator.calls, "cancel", cancel)
-    model = orchestrator.TritonPythonModel()
-    model.start, model.callers = orchestrator.Start(args), ThreadPoolExecutor(1)
-    model.limits = requests.Limits()
-    given = Given(prompt=[b"a"], num_images_per_prompt=4, num_inference_steps=1)
-    wanted = requests.read(given, args, model.limits)
-    left = SimpleNamespace(is_cancelled=lambda: bool(begun))
-    with pytest.raises(orchestrator.Stopped):
-        model._denoise(wanted, [None], [None], left, time.perf_counter() + 60)
-    model.callers.shutdown()
-    assert begun == [0]
-
-
-class Asked:
-    """A Triton request of the transformer, and what it was answered."""
-
-    def __init__(self, **tensors) -> None:
-        self.tensors, self.errors = tensors, []
-
-    def inputs(self) -> list:
-        def tensor(name: str, value):
-            return SimpleNamespace(
-                name=lambda: name, as_numpy=lambda: np.array(value), to_dlpack=lambda: value
-            )
-
-        return [tensor(name, value) for name, value in self.tensors.items()]
-
-    def get_response_sender(self) -> "Asked":
-        return self
-
-    def send(self, response=None, flags: int = 0) -> None:
-        self.errors += [response.error] if response else []
-
-
-def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
-    triton = SimpleNamespace(
-        TritonError=lambda words, code: words,
-        InferenceResponse=lambda outputs, error=None: SimpleNamespace(error=error),
-        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
-    )
-    triton.TritonError.INVALID_ARG = triton.TritonError.INTERNAL = None
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
-    model = _model("dit_transformer").TritonPythonModel()
-    model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
-    model.running, model.cancelled = {}, set()
-    model.denoiser = Denoiser(Velocity(), (1, 2))
-
-    def given(rows: int) -> dict:
-        return {
-            "latents": torch.zeros(rows, 1, 1),
-            "timestep": torch.ones(rows, 1),
-            "size": [[16, 16]] * rows,
-            "prompt_embeds": torch.zeros(rows, 1, 1),
-            "pooled_prompt_embeds": torch.zeros(rows, 1),
-            "job": b"a",
-        }
-
-    def full(*_) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    unnamed, large, unlucky = Asked(cancel=True), Asked(**given(3)), Asked(**given(1))
-    model.execute([unnamed, large])
-    monkeypatch.setattr(model, "own", full)
-    model.execute([unlucky])
-    model.finalize()
-    assert unnamed.errors == [
-        "INVALID_ARGUMENT: job: found nothing, expected the name of the job to cancel"
-    ]
-    assert large.errors == ["INVALID_ARGUMENT: latents: found 3 rows, expected at most 2"]
-    assert unlucky.errors == ["INTERNAL: CUDA out of memory"]
-    assert model.running == {} and not model.cancelled
-
-
-def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):
-    health, gate = _model("deep_health"), threading.Event()
-    answers = {"one": torch.zeros(1), "two": torch.full((1,), float("nan"))}
-
-    def call(name: str) -> torch.Tensor:
-        if name == "dead":
-            raise RuntimeError("its stub\nis dead")
-        return answers.get(name) if name in answers else gate.wait(10)
-
-    monkeypatch.setattr(health, "call", call)
-    model = health.TritonPythonModel()
-    names = ["one", "hangs", "two", "dead", "hangs too"]
-    model.requests, model.timeout_s = dict.fromkeys(names, ()), 0.5
-    start = time.perf_counter()
-    words = model._ask(names)
-    gate.set()
-    silent = "no answer within 0.5 s"
-    assert words == ["", silent, "answered with NaN or infinity", "its stub is dead", silent]
-    assert time.perf_counter() - start < 0.9
 
 
 def test_the_contract_page_is_that_of_the_configs():

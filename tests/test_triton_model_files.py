@@ -1,0 +1,134 @@
+"""The models' own files without a server: whose fault an error is, cancellation, health of all."""
+
+import importlib.util
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_triton_denoiser import Velocity
+from test_triton_parts import Given
+
+from triton_models import parts, repository, requests
+from triton_models.denoiser import Denoiser
+
+
+def _model(name: str):
+    """Import a served model's own file."""
+    spec = importlib.util.spec_from_file_location(name, repository.HERE / name / "1" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(monkeypatch):
+    """The transformer does not know them yet, so that their name stops nothing."""
+    args = parts.settings(["--ckpt", "tiny-dev", "--device", "cpu"])
+    orchestrator, begun, gate = _model("bls_orchestrator"), [], threading.Event()
+
+    def job(image: int, inputs: dict, tell) -> None:
+        begun.append(image)
+        gate.wait(10)
+
+    def cancel(name: str) -> None:
+        gate.set()
+        raise RuntimeError("dit_transformer: its stub is dead")
+
+    monkeypatch.setattr(orchestrator, "_denoising_job", job)
+    monkeypatch.setattr(orchestrator.calls, "cancel", cancel)
+    model = orchestrator.TritonPythonModel()
+    model.start, model.callers = orchestrator.Start(args), ThreadPoolExecutor(1)
+    model.limits = requests.Limits()
+    given = Given(prompt=[b"a"], num_images_per_prompt=4, num_inference_steps=1)
+    wanted = requests.read(given, args, model.limits)
+    left = SimpleNamespace(is_cancelled=lambda: bool(begun))
+    with pytest.raises(orchestrator.Stopped):
+        model._denoise(wanted, [None], [None], left, time.perf_counter() + 60)
+    model.callers.shutdown()
+    assert begun == [0]
+
+
+class Asked:
+    """A Triton request of the transformer, and what it was answered."""
+
+    def __init__(self, **tensors) -> None:
+        self.tensors, self.errors = tensors, []
+
+    def inputs(self) -> list:
+        def tensor(name: str, value):
+            return SimpleNamespace(
+                name=lambda: name, as_numpy=lambda: np.array(value), to_dlpack=lambda: value
+            )
+
+        return [tensor(name, value) for name, value in self.tensors.items()]
+
+    def get_response_sender(self) -> "Asked":
+        return self
+
+    def send(self, response=None, flags: int = 0) -> None:
+        self.errors += [response.error] if response else []
+
+
+def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
+    triton = SimpleNamespace(
+        TritonError=lambda words, code: words,
+        InferenceResponse=lambda outputs, error=None: SimpleNamespace(error=error),
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+    )
+    triton.TritonError.INVALID_ARG = triton.TritonError.INTERNAL = None
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    model = _model("dit_transformer").TritonPythonModel()
+    model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
+    model.running, model.cancelled = {}, set()
+    model.denoiser = Denoiser(Velocity(), (1, 2))
+
+    def given(rows: int) -> dict:
+        return {
+            "latents": torch.zeros(rows, 1, 1),
+            "timestep": torch.ones(rows, 1),
+            "size": [[16, 16]] * rows,
+            "prompt_embeds": torch.zeros(rows, 1, 1),
+            "pooled_prompt_embeds": torch.zeros(rows, 1),
+            "job": b"a",
+        }
+
+    def full(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    unnamed, large, unlucky = Asked(cancel=True), Asked(**given(3)), Asked(**given(1))
+    model.execute([unnamed, large])
+    monkeypatch.setattr(model, "own", full)
+    model.execute([unlucky])
+    model.finalize()
+    assert unnamed.errors == [
+        "INVALID_ARGUMENT: job: found nothing, expected the name of the job to cancel"
+    ]
+    assert large.errors == ["INVALID_ARGUMENT: latents: found 3 rows, expected at most 2"]
+    assert unlucky.errors == ["INTERNAL: CUDA out of memory"]
+    assert model.running == {} and not model.cancelled
+
+
+def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):
+    health, gate = _model("deep_health"), threading.Event()
+    answers = {"one": torch.zeros(1), "two": torch.full((1,), float("nan"))}
+
+    def call(name: str) -> torch.Tensor:
+        if name == "dead":
+            raise RuntimeError("its stub\nis dead")
+        return answers.get(name) if name in answers else gate.wait(10)
+
+    monkeypatch.setattr(health, "call", call)
+    model = health.TritonPythonModel()
+    names = ["one", "hangs", "two", "dead", "hangs too"]
+    model.requests, model.timeout_s = dict.fromkeys(names, ()), 0.5
+    start = time.perf_counter()
+    words = model._ask(names)
+    gate.set()
+    silent = "no answer within 0.5 s"
+    assert words == ["", silent, "answered with NaN or infinity", "its stub is dead", silent]
+    assert time.perf_counter() - start < 0.9
