@@ -53,7 +53,7 @@ class Recording(MaskedForward):
 
     def finish(self, step_sizes) -> None:
         """Add the latents behind the last step."""
-        self.latents.append(self.latents[-1] + step_sizes[-1] * self.velocities[-1])
+        self.latents.append(self.latents[-1] + float(step_sizes[-1]) * self.velocities[-1])
 
 
 class Fitting(MaskedForward):
@@ -61,7 +61,7 @@ class Fitting(MaskedForward):
 
     def __init__(self, forward, mask, full: Recording, step_sizes) -> None:
         super().__init__(forward, lambda _: mask, LAST - 1, table={})
-        self.full, self.step_sizes, self.now = full, step_sizes, None
+        self.full, self.step_sizes, self.now = full, step_sizes.tolist(), None
 
     def __call__(self, *args, **kwargs):
         """Keep what the step begins from; behind the last one `now` is where the loop ends."""
