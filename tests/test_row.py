@@ -197,6 +197,26 @@ def test_a_row_from_an_nvidia_machine_can_be_read(tmp_path, monkeypatch):
         assert problem(report_pieces.row(environment=about)) == ""
 
 
+def test_a_row_knows_its_threads_its_time_and_how_busy_the_machine_was(run, monkeypatch):
+    from datetime import datetime
+
+    from tests import report_pieces
+    from utils import card
+
+    args = copy.copy(run[0])
+    about = card.environment(args)
+    assert about["threads"] == torch.get_num_threads()
+    assert about["load_average"] == args.started["load_average"] >= 0  # not that of its own end
+    assert datetime.fromisoformat(about["time"]).utcoffset().total_seconds() == 0
+    assert problem(report_pieces.row(environment=about)) == ""
+    monkeypatch.setattr(card.os, "cpu_count", lambda: 4)
+    args.started = {"load_average": 2.0}
+    assert card.busy(args) == []
+    args.started = {"load_average": 2.1}
+    (line,) = card.busy(args)
+    assert "load average 2.1 at the start, on 4 core(s)" in line and "say little" in line
+
+
 def test_the_kernel_table_of_a_real_call(run):
     args, pipeline = run
     text = kernel_table.render(lambda: generate(pipeline, args), "cpu")

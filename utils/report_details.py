@@ -80,6 +80,7 @@ def facts(rows: list[dict]) -> list[tuple[str, str]]:
         ("driver", values("driver")),
         ("power limit", values("power_limit_w", write="{:g} W".format)),
         ("clocks seen", values("clocks_mhz", write=_clocks)),
+        ("threads", values("threads", write="{:g}".format)),
         ("system", values("os")),
         ("versions", ", ".join(f"{p} {values('versions', p)}" for p in packages)),
         ("commit", values("commit")),

@@ -52,6 +52,9 @@ _SHAPE = {
         "capability": [float],
         "os": str,
         "commit": str,
+        "threads": float,
+        "load_average": float,
+        "time": str,
         "memory_gib": float,
         "power_limit_w": float,
         "clocks_mhz": {"min": float, "max": float},
@@ -143,6 +146,14 @@ def name(row: dict) -> str:
     """Name a row: its own short name, or, for a single run, its command but for its files."""
     command = (row.get("command") or "?").removeprefix("python ")
     return row.get("row") or re.sub(FILES, "", command)
+
+
+def is_same_session(a: dict, b: dict) -> bool:
+    """Whether two rows may be divided: of one commit and, where both tell, as many threads."""
+    commits, threads = (
+        [get(row, "environment", key) for row in (a, b)] for key in ("commit", "threads")
+    )
+    return commits[0] == commits[1] and (None in threads or threads[0] == threads[1])
 
 
 def samples(row: dict) -> list[float]:
