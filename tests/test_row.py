@@ -1,6 +1,7 @@
 """One row: the stored reference, what "lossless" has to keep, outliers, kernels, memory."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_another_call_has_another_reference(run, change):
     assert reference.identity_of(args, prompts, True) != reference.identity_of(
         args, prompts[:3], True
     )
+
+
+def test_another_number_of_threads_has_another_reference_on_a_cpu(run, monkeypatch):
+    args, prompts = copy.copy(run[0]), quality_prompts(run[0])
+    for device, differs in (("cpu", True), ("cuda", False)):
+        args.machine, found = replace(args.machine, device=device), []
+        for threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+            found.append(reference.identity_of(args, prompts, True))
+        assert (found[0] != found[1]) == differs
 
 
 def test_scores_tell_a_damaged_picture_from_the_right_one(run):
@@ -195,26 +206,6 @@ def test_a_row_from_an_nvidia_machine_can_be_read(tmp_path, monkeypatch):
         about = environment(said)
         assert about["power_limit_w"] == found and about["driver"] == "580.159.04"
         assert problem(report_pieces.row(environment=about)) == ""
-
-
-def test_a_row_knows_its_threads_its_time_and_how_busy_the_machine_was(run, monkeypatch):
-    from datetime import datetime
-
-    from tests import report_pieces
-    from utils import card
-
-    args = copy.copy(run[0])
-    about = card.environment(args)
-    assert about["threads"] == torch.get_num_threads()
-    assert about["load_average"] == args.started["load_average"] >= 0  # not that of its own end
-    assert datetime.fromisoformat(about["time"]).utcoffset().total_seconds() == 0
-    assert problem(report_pieces.row(environment=about)) == ""
-    monkeypatch.setattr(card.os, "cpu_count", lambda: 4)
-    args.started = {"load_average": 2.0}
-    assert card.busy(args) == []
-    args.started = {"load_average": 2.1}
-    (line,) = card.busy(args)
-    assert "load average 2.1 at the start, on 4 core(s)" in line and "say little" in line
 
 
 def test_the_kernel_table_of_a_real_call(run):
