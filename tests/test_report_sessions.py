@@ -5,6 +5,7 @@ from report_pieces import ladder, row
 from test_report import cells, lines_of
 
 from utils import report, report_plot
+from utils.report_details import facts
 from utils.report_series import series_of
 
 
@@ -39,3 +40,12 @@ def test_a_row_without_its_number_of_threads_is_of_its_commit():
     assert "1.25x" in report.markdown("x.jsonl", [elsewhere(old[1], threads=2), *old[2:]])
     rounds = [elsewhere(row(round=k), threads=threads) for k, threads in enumerate((2, 1, 1))]
     assert series_of(rounds)[0].rows[0]["total_s"]["n"] == 20  # the first is of another session
+
+
+def test_threads_and_load_stand_among_the_facts_where_rows_have_them():
+    old = [row(), row("+ fa3")]
+    assert not {"threads", "load when a row began"} & dict(facts(old)).keys()
+    new = [elsewhere(one, threads=2, load_average=0.2 + k) for k, one in enumerate(old)]
+    found = dict(facts([*old, *new]))
+    assert (found["threads"], found["load when a row began"]) == ("2", "0.2-1.2")
+    assert dict(facts(new[:1]))["load when a row began"] == "0.2"
