@@ -78,9 +78,9 @@ def main() -> None:
     args = parse_arguments()
     quiet_libraries()
     if args.compare:
-        from utils import compare
+        from utils import compare_files
 
-        sys.exit(compare.main(*args.compare))
+        sys.exit(compare_files.main(*args.compare))
     if args.explain is not None:
         from utils.explain import explain
 

@@ -7,7 +7,7 @@ import random
 import pytest
 from report_pieces import old_row, row, spread, write
 
-from utils import compare
+from utils import compare, compare_files
 from utils.errors import UserError
 
 
@@ -123,7 +123,7 @@ def test_few_runs_cannot_tell(n, tmp_path, capsys):
     for k, seconds in enumerate((1.0, 2.0)):
         times = spread(1.0) | {"n": n, "samples": [seconds + 0.001 * i for i in range(n)]}
         files.append(write(tmp_path / f"{k}.jsonl", [row(total_s=times)]))
-    assert compare.main(*files) == 0
+    assert compare_files.main(*files) == 0
     said = capsys.readouterr().out
     assert f"cannot tell from {n} and {n} runs: 4 of each are needed" in said
 
@@ -202,7 +202,7 @@ def test_quality_changes_are_told(a, b, verdict):
 def test_the_exit_code_and_what_is_printed(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", [row(), row("+ fa3", 0.8), row("gone")])
     b = write(tmp_path / "b.jsonl", [row(seconds=0.9), row("+ fa3", 0.88), "{damaged", row("new")])
-    assert compare.main(a, b) == 1
+    assert compare_files.main(a, b) == 1
     said = capsys.readouterr()
     assert said.err.startswith(f"{b}:3: skipped: not JSON") and said.err.count("\n") == 1
     lines = said.out.splitlines()
@@ -210,7 +210,7 @@ def test_the_exit_code_and_what_is_printed(tmp_path, capsys):
     assert [line.split()[-1] for line in lines[3:7]] == ["eager", "fa3", "gone", "new"]
     assert lines[4].startswith("! ") and "+10.0 %" in lines[4] and " slower " in lines[4]
     assert lines[7].startswith("1 faster, 1 slower, 1 only in a, 1 only in b")
-    assert compare.main(a, a) == 0
+    assert compare_files.main(a, a) == 0
 
 
 def test_single_runs_are_the_same_wherever_their_files_go(tmp_path, capsys):
@@ -219,13 +219,56 @@ def test_single_runs_are_the_same_wherever_their_files_go(tmp_path, capsys):
         one = row() | {"command": f"python run_benchmark.py --seed 3 {words} --disable_quant"}
         del one["row"]
         files.append(write(tmp_path / f"{len(files)}.jsonl", [one]))
-    assert compare.main(*files) == 0
+    assert compare_files.main(*files) == 0
     assert "run_benchmark.py --seed 3 --disable_quant" in capsys.readouterr().out
 
 
 def test_files_without_a_common_row_are_bad_input(tmp_path):
     a = write(tmp_path / "a.jsonl", [row()])
-    with pytest.raises(UserError, match="no row in common"):
-        compare.main(a, write(tmp_path / "b.jsonl", [row("other")]))
+    b = write(tmp_path / "b.jsonl", [row("other"), row("+ fa3"), row("+ fa3", 2.0)])
+    with pytest.raises(UserError, match="no row in common") as refusal:
+        compare_files.main(a, b)
+    said, call = str(refusal.value), "black-forest-labs/FLUX.1-schnell, 1024x1024, 4 steps, 1 image"
+    assert said.count("\n") == 0 and f"{a} has eager ({call}, 256 text tokens); " in said
+    assert f"{b} has other ({call}, 256 text tokens), + fa3 ({call}" in said
+    assert said.count("+ fa3") == 1
     with pytest.raises(UserError, match="No such file"):
-        compare.main(a, tmp_path / "none.jsonl")
+        compare_files.main(a, tmp_path / "none.jsonl")
+
+
+def test_single_rows_of_different_flags_are_compared_and_the_flags_told(tmp_path, capsys):
+    files = []
+    for seconds, words in (
+        (1.0, "--seed 3 --disable-quant --results a.jsonl --prompt 'a circle' --prompt x"),
+        (2.0, "--prompt='a circle' --seed 4 --results b.jsonl --prompt x --fused_mlp"),
+    ):
+        one = row(None, seconds, command=f"python run_benchmark.py {words}")
+        one["call"] = one["call"] | {"seed": len(files)}
+        files.append(write(tmp_path / f"{len(files)}.jsonl", [one]))
+    assert compare_files.main(*files) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert " slower " in lines[3] and lines[3].endswith("x")  # a's command
+    assert [line.strip() for line in lines[4:8]] == [
+        "b is run_benchmark.py --prompt='a circle' --seed 4 --prompt x --fused_mlp",
+        "--seed: 3 -> 4",
+        "--disable_quant: given -> not given",
+        "--fused_mlp: not given -> given",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("# A heading\n\nand text\n", "no JSON lines"),
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ('{"format": 2, "row": "cut o', "no row that could be read"),
+    ],
+)
+def test_a_file_without_rows_is_one_line(tmp_path, content, expected):
+    file = tmp_path / "x.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        compare_files.main(write(tmp_path / "a.jsonl", [row()]), file)
+    assert str(refusal.value).startswith(f"{file}: {expected}")
+    assert str(refusal.value).count("\n") == 0

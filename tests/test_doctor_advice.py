@@ -145,7 +145,7 @@ def test_torchvision_does_not_fit(apart, explained):
 
 def test_package_missing(apart, explained):
     done = apart("gen_image.py", "--device", "cpu", before=without_diffusers)
-    assert done.code == 1
+    assert done.code == 2
     assert explained(done) == {"package missing": ["pip install -r requirements.txt"]}
 
 

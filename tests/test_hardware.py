@@ -1,13 +1,17 @@
 """What is chosen on machines that are not here, through the detection that finds them."""
 
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
+import report_pieces
 import torch
+from conftest import make_args
 
-from utils import readme
+from utils import card, readme
 from utils.errors import UserError
 from utils.hardware import Machine, detect
+from utils.report_rows import problem
 from utils.steps import compile
 
 GIB = 2**30
@@ -106,3 +110,18 @@ def test_the_readme_lists_machines_that_detection_finds(found):
     for name, machine in readme.MACHINES.items():
         if machine.device == "cuda":
             assert by_choice[machine.capability] == {readme.choices(machine)}, name
+
+
+def test_a_row_knows_its_threads_its_time_and_how_busy_the_machine_was(monkeypatch):
+    args = make_args("--device", "cpu")
+    about = card.environment(args)
+    assert about["threads"] == torch.get_num_threads()
+    assert about["load_average"] == args.started["load_average"] >= 0  # not that of its own end
+    assert datetime.fromisoformat(about["time"]).utcoffset().total_seconds() == 0
+    assert problem(report_pieces.row(environment=about)) == ""
+    monkeypatch.setattr(card.os, "cpu_count", lambda: 4)
+    args.started = {"load_average": 2.0}
+    assert card.busy(args) == []
+    args.started = {"load_average": 2.1}
+    (line,) = card.busy(args)
+    assert "load average 2.1 at the start, on 4 core(s)" in line and "say little" in line

@@ -1,6 +1,7 @@
 """One row: the stored reference, what "lossless" has to keep, outliers, kernels, memory."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_another_call_has_another_reference(run, change):
     assert reference.identity_of(args, prompts, True) != reference.identity_of(
         args, prompts[:3], True
     )
+
+
+def test_another_number_of_threads_has_another_reference_on_a_cpu(run, monkeypatch):
+    args, prompts = copy.copy(run[0]), quality_prompts(run[0])
+    for device, differs in (("cpu", True), ("cuda", False)):
+        args.machine, found = replace(args.machine, device=device), []
+        for threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+            found.append(reference.identity_of(args, prompts, True))
+        assert (found[0] != found[1]) == differs
 
 
 def test_scores_tell_a_damaged_picture_from_the_right_one(run):

@@ -12,23 +12,21 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from utils.errors import UserError, run_script
 from utils.steps import import_problem
 
 ORCHESTRATOR, HEALTH = "bls_orchestrator", "deep_health"
 TYPES = {  # request field -> Triton's type and numpy's
-    "prompt": ("BYTES", np.object_),
-    "height": ("INT32", np.int32),
-    "width": ("INT32", np.int32),
-    "num_inference_steps": ("INT32", np.int32),
-    "guidance_scale": ("FP32", np.float32),
-    "seed": ("INT64", np.int64),
-    "max_sequence_length": ("INT32", np.int32),
-    "num_images_per_prompt": ("INT32", np.int32),
-    "format": ("BYTES", np.object_),
-    "progress": ("BOOL", np.bool_),
+    "prompt": ("BYTES", "object"),
+    "height": ("INT32", "int32"),
+    "width": ("INT32", "int32"),
+    "num_inference_steps": ("INT32", "int32"),
+    "guidance_scale": ("FP32", "float32"),
+    "seed": ("INT64", "int64"),
+    "max_sequence_length": ("INT32", "int32"),
+    "num_images_per_prompt": ("INT32", "int32"),
+    "format": ("BYTES", "object"),
+    "progress": ("BOOL", "bool"),
 }
 
 
@@ -106,6 +104,8 @@ class Client:
 
         Raises: KeyError for an unknown field.
         """
+        import numpy as np
+
         made = []
         for name, value in fields.items():
             kind, dtype = TYPES[name]

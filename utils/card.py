@@ -1,10 +1,12 @@
 """What a run is: machine, versions, call, and every step with its state. Printed, and stored."""
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 PACKAGES = (
@@ -61,8 +63,30 @@ def is_lossless(args) -> bool:
     return all(verdict.lossless for verdict in args.plan.values() if verdict.is_on)
 
 
+def started() -> dict[str, float | str]:
+    """Note when a run began, and how busy the machine was before the run made it so."""
+    try:
+        load = {"load_average": round(os.getloadavg()[0], 2)}  # of the last minute
+    except (OSError, AttributeError):
+        load = {}
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), **load}
+
+
+def busy(args) -> list[str]:
+    """Warn of a CPU that was busy when the run began; no line of one that was not, or of a GPU."""
+    load, cores = args.started.get("load_average", 0.0), os.cpu_count() or 1
+    if args.machine.device != "cpu" or load <= cores / 2:
+        return []
+    return [
+        f"busy        load average {load:.1f} at the start, on {cores} core(s): other work, or a "
+        "run just before; seconds of a busy machine say little"
+    ]
+
+
 def environment(args) -> dict:
-    """Collect the machine and the versions for the JSON line."""
+    """Collect the machine, its state and the versions for the JSON line."""
+    import torch
+
     machine = args.machine
     found = {
         "device": machine.name,
@@ -71,6 +95,8 @@ def environment(args) -> dict:
         "os": platform.platform(),
         "versions": versions(),
         "commit": commit(),
+        "threads": torch.get_num_threads(),
+        **(getattr(args, "started", None) or started()),
     }
     if state := gpu_state(args):
         limit = state["power.limit"]  # "[N/A]" where a virtual machine hides it

@@ -17,10 +17,9 @@ import functools
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from utils import report_rows
-from utils.errors import UserError
 from utils.quality import LOSSLESS_FACTOR
 from utils.report_rows import get, name
 from utils.report_series import call_text, completed, newest
@@ -244,51 +243,13 @@ def compare_rows(a: list[dict], b: list[dict]) -> list[Finding]:
     ]
 
 
-def compare(a_file: str, b_file: str) -> list[Finding]:
-    """Compare two results files row by row.
-
-    Raises: UserError if one cannot be read.
-    """
-    return compare_rows(report_rows.read(a_file), report_rows.read(b_file))
-
-
-def render(findings: list[Finding]) -> str:
-    """Write the findings as text: one line a row, what moved below it, then the sum."""
-    lines, call = [], None
-    for finding in findings:
-        if finding.call != call:
-            lines.append(call := finding.call)
-        a, b = (f"{s:.4g} s" if s is not None else "" for s in finding.seconds)
-        shift, p = "", ""
-        if finding.change and finding.change.shift is not None:
-            shift, p = f"{100 * finding.change.shift:+.1f} %", f"p {finding.change.p:.2g}"
-        quality = "" if finding.quality == "-" else f"quality {finding.quality}"
-        lines.append(
-            f"{'!' if finding.is_worse else ' '} {a:>9s}  {b:>9s}  {shift:>8s}  {p:9s}  "
-            f"{finding.verdict:12s}  {quality:22s}  {finding.row}"
-        )
-        lines += [f"      {note}" for note in finding.notes]
-    verdicts = [finding.verdict for finding in findings]
-    counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)]
-    counts.append(f"quality worse in {sum(f.quality == 'worse' for f in findings)}")
-    return "\n".join([*lines, ", ".join(counts)])
-
-
-def main(a_file: str, b_file: str) -> int:
-    """Print the comparison; 1 if something got slower or worse beyond the spread, else 0.
-
-    Raises: UserError for a file that cannot be read, or files without a row in common.
-    """
-    rows = [report_rows.read(file) for file in (a_file, b_file)]
-    findings = compare_rows(*rows)
-    if all(finding.verdict.startswith("only in") for finding in findings):
-        raise UserError(f"{a_file} and {b_file} have no row in common (same name and call)")
-    for letter, file, found in zip("ab", (a_file, b_file), rows, strict=True):
-        print(f"{letter}  {file}: {report_rows.where(found)}")
-    print(render(findings))
-    print(
-        f"faster, slower: by more than {100 * MIN_EFFECT:g} % and than either row's own "
-        f"spread and drift, at a {100 * ALPHA:g} % chance of any false alarm (exact Mann-Whitney "
-        "U). Another process may differ by more: with --rounds 3 that counts as drift."
-    )
-    return int(any(finding.is_worse for finding in findings))
+def pair_of_any(a: dict, b: dict) -> Finding:
+    """Compare two rows of different names or calls, and say by which flags they differ."""
+    old, new = report_rows.flags(a), report_rows.flags(b)
+    changed = [
+        f"{flag}: {old.get(flag, 'not given')} -> {new.get(flag, 'not given')}"
+        for flag in {**old, **new}
+        if old.get(flag) != new.get(flag)
+    ]
+    found = _pair(a, b, ALPHA)
+    return replace(found, notes=(f"b is {name(b)}", *(changed or ["same flags"]), *found.notes))

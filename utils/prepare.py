@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from utils import acceleration, checkpoints, guidance, schedulers
+from utils import acceleration, card, checkpoints, guidance, schedulers
 from utils.errors import UserError
 
 MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
@@ -36,10 +36,12 @@ def prepare(args) -> None:
 def settle_call(args) -> None:
     """Fill in what the flags leave open of checkpoint, machine and call, in place.
 
-    Adds: args.checkpoint, args.machine, args.dtype, args.pil_image, and what step memory settles.
+    Adds: args.checkpoint, args.machine, args.dtype, args.pil_image, args.started, and what step
+    memory settles.
 
     Raises: UserError with one line per problem.
     """
+    args.started = card.started()
     problems = [*number_problems(args), *_path_problems(args)]
     problems += [*guidance.problems(args), *schedulers.problems(args)]
     if problems:
@@ -74,7 +76,6 @@ def begin(args) -> tuple:
 
 def announce_and_load(args) -> tuple:
     """Print what a settled run is and load its pipeline: the second half of `begin`."""
-    from utils import card
     from utils.benchmark_utils import set_rand_seeds
     from utils.pipeline_utils import load_pipeline
     from utils.prompts import report_cut_prompts

@@ -9,8 +9,6 @@ import copy
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 LOSSLESS_FACTOR = 1.25  # of bf16 eager's own error against fp32: DESIGN.md's bound for "lossless"
 
 
@@ -70,6 +68,8 @@ def check_sane(result: Result) -> None:
 
     Raises: RuntimeError naming the image.
     """
+    import numpy as np
+
     if not bool(result.latents.isfinite().all()):
         raise RuntimeError("the final latents are not finite (NaN or Inf)")
     for k, image in enumerate(result.images):
@@ -82,6 +82,8 @@ def psnr_db(image, reference) -> float:
 
     Shapes: PIL images or uint8 arrays (H, W, 3), equal sizes. Units: dB.
     """
+    import numpy as np
+
     a, b = (np.asarray(x, dtype=np.float64) for x in (image, reference))
     if a.shape != b.shape:
         raise ValueError(f"pictures differ in shape: {a.shape} and {b.shape}")
@@ -95,6 +97,7 @@ def ssim(image, reference) -> float:
     Shapes: PIL images of equal sizes, 16 pixels or more.
     Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861; torchmetrics' Gaussian window of 11
     """
+    import numpy as np
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 

@@ -99,12 +99,16 @@ def check_room(args) -> None:
 
 def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
     """Collect all that decides the pictures of plain diffusers."""
+    import torch
+
     from utils import card
 
     call, versions = card.call(args), card.versions()
     image = None
     if args.pil_image is not None:
         image = hashlib.sha256(args.pil_image.tobytes()).hexdigest()
+    # On a CPU they decide the order of bf16's sums: 57 dB between one thread and two
+    threads = {"threads": torch.get_num_threads()} if args.machine.device == "cpu" else {}
     return {
         "format": FORMAT,
         "weights": args.checkpoint.identity(args.cache_dir),
@@ -116,6 +120,7 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
         "call": {key: value for key, value in call.items() if key not in ("prompt", "ckpt")},
         "with_fp32": with_fp32,
         "device": args.machine.name,
+        **threads,  # a GPU's kept references stay what they are
         "versions": {key: versions.get(key) for key in ("torch", "diffusers", "transformers")},
     }
 

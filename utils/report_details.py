@@ -80,11 +80,18 @@ def facts(rows: list[dict]) -> list[tuple[str, str]]:
         ("driver", values("driver")),
         ("power limit", values("power_limit_w", write="{:g} W".format)),
         ("clocks seen", values("clocks_mhz", write=_clocks)),
+        ("threads", values("threads", write="{:g}".format)),
+        ("load when a row began", _range(distinct(rows, "environment", "load_average"))),
         ("system", values("os")),
         ("versions", ", ".join(f"{p} {values('versions', p)}" for p in packages)),
         ("commit", values("commit")),
     ]
     return [(key, value) for key, value in found if value]
+
+
+def _range(loads: list[float]) -> str:
+    """Write the least and the most; a row's own work is in that of the next."""
+    return "-".join(dict.fromkeys(f"{end(loads):.1f}" for end in (min, max))) if loads else ""
 
 
 def _clocks(clocks: dict) -> str:

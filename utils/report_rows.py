@@ -7,6 +7,7 @@ may only be absent.
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -52,6 +53,9 @@ _SHAPE = {
         "capability": [float],
         "os": str,
         "commit": str,
+        "threads": float,
+        "load_average": float,
+        "time": str,
         "memory_gib": float,
         "power_limit_w": float,
         "clocks_mhz": {"min": float, "max": float},
@@ -108,12 +112,15 @@ def _misfit(value: object, shape: object, where: str) -> str:
 def read(file: str | Path) -> list[dict]:
     """Read every row of a file; a damaged line is named on stderr and skipped.
 
-    Raises: UserError if the file cannot be read.
+    Raises: UserError if the file cannot be read, or none of its lines begins an object.
     """
     try:
         lines = Path(file).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
+    begun = [line.lstrip().startswith(b"{") for line in lines if line.strip()]
+    if begun and not any(begun):
+        raise UserError(f"{file}: no JSON lines (expected what --results writes)")
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -143,6 +150,32 @@ def name(row: dict) -> str:
     """Name a row: its own short name, or, for a single run, its command but for its files."""
     command = (row.get("command") or "?").removeprefix("python ")
     return row.get("row") or re.sub(FILES, "", command)
+
+
+def flags(row: dict) -> dict[str, str]:
+    """Give the flags of a row's command but for its files, each spelled with _, with its values."""
+    found, flag = {}, None
+    command = re.sub(FILES, "", row.get("command") or "")
+    try:
+        words = shlex.split(command)
+    except ValueError:  # written by hand
+        words = command.split()
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            flag = "--" + flag[2:].replace("-", "_")
+            found.setdefault(flag, []).extend([value] if value else [])
+        elif flag:
+            found[flag].append(word)
+    return {flag: " ".join(values) or "given" for flag, values in found.items()}
+
+
+def is_same_session(a: dict, b: dict) -> bool:
+    """Whether two rows may be divided: of one commit and, where both tell, as many threads."""
+    commits, threads = (
+        [get(row, "environment", key) for row in (a, b)] for key in ("commit", "threads")
+    )
+    return commits[0] == commits[1] and (None in threads or threads[0] == threads[1])
 
 
 def samples(row: dict) -> list[float]:

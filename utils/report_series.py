@@ -93,15 +93,18 @@ def completed(rows: list[dict]) -> list[dict]:
 def newest(rows: list[dict], key: Callable[[dict], object]) -> list[dict]:
     """Keep the newest measurement of each key, its rounds pooled into one row.
 
-    Rounds come in order, so a round replaces itself and those after it, and another commit all.
+    Rounds come in order, so a round replaces itself and those after it, and another commit or
+    number of threads all.
     """
     kept: dict[object, list[dict]] = {}
     for row in rows:
-        commit, turn = get(row, "environment", "commit"), row.get("round") or 0
-        rounds = []
+        turn, rounds = row.get("round") or 0, []
         for earlier in kept.get(key(row), []):
-            commits = {commit, get(earlier, "environment", "commit")} - {None}  # of failed rows
-            if len(commits) < 2 and (earlier.get("round") or 0) < turn:
+            differ = any(
+                len({get(one, "environment", field) for one in (row, earlier)} - {None}) > 1
+                for field in ("commit", "threads")  # failed rows lack them
+            )
+            if not differ and (earlier.get("round") or 0) < turn:
                 rounds.append(earlier)
         kept[key(row)] = [*rounds, row]
     return [_pool(rounds) for rounds in kept.values()]

@@ -1,23 +1,24 @@
 """Rows as tables: what a reader wants to see of a row, as text, for Markdown and HTML alike."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from utils.compare import is_identical, judge
-from utils.report_rows import distinct, get, name, samples
+from utils.report_rows import distinct, get, is_same_session, name, samples
 from utils.report_series import Series
 
 MISSING = "-"
 LEGEND = (
     "Seconds are the median of one call (min-max, number of timed runs), the speed-up is over the "
-    "row eager, ours is ahead by a peer's time over ours. PSNR and SSIM are those of the worst "
-    "picture against bf16 eager with the same seed; in brackets, how far that PSNR stands above "
-    "the PSNR of another seed. The latents' error is relative (L2), where it was measured from "
-    "fp32, in brackets over bf16 eager's own; lossless allows 1.25. A CLIP score stands beside "
-    "its distance from eager's. Peak memory is the device's, on a CPU the process's. Over floor "
-    "is the time over the least that the machine's peak rates allow, MFU the share of its peak "
-    "arithmetic. Ready after is loading, optimising and compiling."
+    "row eager of the same commit, ours is ahead by a peer's time over ours. PSNR and SSIM are "
+    "those of the worst picture against bf16 eager with the same seed; in brackets, how far that "
+    "PSNR stands above the PSNR of another seed. The latents' error is relative (L2), where it was "
+    "measured from fp32, in brackets over bf16 eager's own; lossless allows 1.25. A CLIP score "
+    "stands beside its distance from eager's. Peak memory is the device's, on a CPU the process's. "
+    "Over floor is the time over the least that the machine's peak rates allow, MFU the share of "
+    "its peak arithmetic. Ready after is loading, optimising and compiling."
 )
 
 
@@ -69,15 +70,15 @@ def _seconds(row: dict) -> str:
 
 
 def ratio(row: dict, base: dict | None) -> float | None:
-    """Give how many times faster than the base a row is."""
-    if base is None or row.get("failed"):
+    """Give how many times faster than the base a row is; None across sessions."""
+    if base is None or row.get("failed") or not is_same_session(row, base):
         return None
     return base["total_s"]["median"] / row["total_s"]["median"]
 
 
 def _worth(row: dict, base: dict | None) -> str:
     """Say what the step that a row leaves out is worth: the time that its absence costs."""
-    if base is None or row is base or row.get("failed"):
+    if base is None or row is base or ratio(row, base) is None:
         return MISSING
     with_it, without = base["total_s"]["median"], row["total_s"]["median"]
     text = f"{without - with_it:+.{_decimals(with_it)}f} s, {without / with_it:.2f}x"
@@ -236,12 +237,19 @@ def notes(series: Series) -> list[str]:
         if failed := row.get("failed_rounds"):
             said = f"{len(failed)} of {row['rounds']} rounds failed: {failed[-1]}"
             found.setdefault(said, []).append(name(row))
-    if series.kind != "single" and len(distinct(series.rows, "environment", "commit")) > 1:
-        for row in series.rows:
-            commit = get(row, "environment", "commit") or "unknown"
-            found.setdefault(f"measured at commit {commit}", []).append(name(row))
+    sessions = {"commit": "measured at commit {}", "threads": "measured with {} thread(s)"}
+    differ = [key for key in sessions if len(distinct(series.rows, "environment", key)) > 1]
+    differ = differ if series.kind != "single" else []
+    for key, row in itertools.product(differ, series.rows):
+        value = get(row, "environment", key)
+        value = "unknown" if value is None else value
+        found.setdefault(sessions[key].format(value), []).append(name(row))
     every = len(series.rows)
-    return [
+    lines = [
         f"{'All rows' if len(names) == every else ', '.join(names)}: {' '.join(text.split())}."
         for text, names in found.items()
     ]
+    across = {"commit": "commits", "threads": "numbers of threads"}
+    if differ:
+        lines.append(f"No ratio is given across {' or '.join(across[key] for key in differ)}.")
+    return lines

@@ -32,6 +32,8 @@ def measure_row(args) -> tuple[dict, object, object]:
     with_fp32 = with_fp32 and not args.disable_bf16  # there eager is fp32
     if with_fp32:
         reference.check_room(args)
+    for line in card.busy(args):
+        print(line)
     pipeline, load_s = announce_and_load(args)
     prompts = quality_prompts(args)[: args.quality_prompts]
     kept, _ = reference.load_or_make(pipeline, args, prompts, with_fp32)

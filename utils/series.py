@@ -7,24 +7,22 @@ row that was running: the same command goes on where the last one stopped. With 
 rows take turns (A B C A B C), so that a machine that drifts favours none.
 """
 
+import copy
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.report_rows import read
+from utils.report_rows import get, read
 from utils.results import append
+from utils.row_process import SCRIPT, is_refused, run_row, summary
 
-SCRIPT = Path(__file__).resolve().parent.parent / "run_benchmark.py"
 OWN_FLAGS = {"--ladder": 0, "--leave_one_out": 0, "--peers": 0, "--rows": 1, "--rounds": 1}
 OWN_FLAGS |= {"--results": 1, "--pictures": 1}  # pictures stand beside the results
 CACHE_FLAGS = ("cache_dit_config", "step_mask", "step_mask_order", "step_mask_gain")
 OWN_STEPS = {"--compile_export_mode": 1} | {f"--{flag}": 1 for flag in CACHE_FLAGS}  # of a ladder
 MODES = ("compile", "export_aoti")
-TOLD = 4000  # characters of what a failed row has said
 
 
 @dataclass(frozen=True)
@@ -147,13 +145,31 @@ def run_series(args, argv: list[str]) -> int:
     """Run every row in a process of its own and append what comes back to the results file.
 
     Returns: how many rows failed
-    Raises: UserError for an unknown row or a results file that cannot be written.
+    Raises: UserError for bad input of any kind, before the first row; KeyboardInterrupt saying
+        where the rows so far are.
     """
+    from utils import card
+    from utils.prepare import settle_call
+
     name = args.series
     listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": beside}[name](args)
     rows = choose(listed, args.rows)
+    settled = copy.copy(args)  # the rows settle what was typed, each for itself
+    settle_call(settled)
     path = results_path(args)
-    append(path, [])  # said before anything slow
+    append(path, [])
+    print("\n".join([f"rows go to {path}", *card.busy(settled)]), flush=True)
+    try:
+        failed = _run_rows(args, argv, listed, rows, path)
+    except KeyboardInterrupt as error:
+        rows_so_far = path.stat().st_size
+        raise type(error)(f"rows so far are in {path}" if rows_so_far else "") from None
+    print(f"rows are in {path}; python -m utils.report renders them")
+    return failed
+
+
+def _run_rows(args, argv: list[str], listed: list[Row], rows: list[Row], path: Path) -> int:
+    name = args.series
     own = OWN_FLAGS if name == "peers" else OWN_FLAGS | OWN_STEPS
     common, failed, about = common_flags(argv, own), 0, {}
     states = {row: state(row, common) for row in rows}
@@ -179,20 +195,19 @@ def run_series(args, argv: list[str]) -> int:
                 continue
             print(f"... {row.name}: {command}", flush=True)
             start = time.perf_counter()
-            found = _run(words, path.parent / "pictures")
+            found = run_row(words, path.parent / "pictures")
             found |= labels | {"command": command}
             if found.get("failed"):
                 found |= about  # what the other rows of this series say of call and machine
             else:
                 about = {key: found[key] for key in ("call", "environment")}
             try:
-                append(path, [found])
+                append(path, [] if is_refused(found) else [found])
             except UserError:  # a full disk: the row took minutes, so it is at least shown
                 print(json.dumps(found, ensure_ascii=False), flush=True)
                 raise
             failed += bool(found.get("failed"))
-            print(f"    {_summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
-    print(f"rows are in {path}; python -m utils.report renders them")
+            print(f"    {summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
     return failed
 
 
@@ -240,41 +255,20 @@ def _command(words: list[str]) -> str:
 
 
 def _finished(path: Path, turn: int) -> dict[str, list[dict]]:
-    """Give the rows that this very code has measured already, by their commands."""
+    """Give the rows that this very code has measured already, by their commands.
+
+    By as many threads: on a CPU others are another session, to which no ratio would be given.
+    """
+    import torch
+
     from utils import card
 
     now, found = card.commit(), {}
     if now.endswith("-dirty") or not path.exists():
         return {}
     for row in read(path):
-        same = row.get("environment", {}).get("commit") == now and row.get("round", 0) == turn
-        if same and not row.get("failed"):
+        same = get(row, "environment", "commit") == now and (row.get("round") or 0) == turn
+        threads = get(row, "environment", "threads") in (None, torch.get_num_threads())
+        if same and threads and not row.get("failed"):
             found.setdefault(row["command"], []).append(row)
     return found
-
-
-def _run(words: list[str], pictures: Path) -> dict:
-    """Run one row, its pictures kept; a row that fails is a row with its reason."""
-    command = [sys.executable, str(SCRIPT), *words, "--pictures", str(pictures.absolute())]
-    process = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
-    lines = process.stdout.strip().splitlines()
-    if process.returncode == 0 and lines:
-        try:
-            return json.loads(lines[-1])
-        except ValueError:
-            return {"format": 2, "failed": "the last line of its output is no JSON"}
-    if process.returncode in (-2, 130):
-        raise KeyboardInterrupt
-    print(process.stderr[-TOLD:], end="", flush=True)  # the row keeps a line: too few for a trace
-    errors = [line for line in process.stderr.strip().splitlines() if line.strip()]
-    reason = errors[-1] if errors else "no output"
-    return {"format": 2, "failed": f"exit code {process.returncode}: {reason[:300]}"}
-
-
-def _summary(row: dict) -> str:
-    if row.get("failed"):
-        return f"FAILED: {row['failed']}"
-    total, scores = row["total_s"], row["quality"]
-    worst = scores["psnr_db_worst"]
-    quality = "identical" if worst is None else f"{worst:.1f} dB"
-    return f"{total['median']:.4g} s ({total['min']:.4g}-{total['max']:.4g}), {quality}"

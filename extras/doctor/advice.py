@@ -90,7 +90,8 @@ ADVICE = (
     Advice(
         "package missing",
         r"No module named '?(?:diffusers|transformers|torch|accelerate|safetensors|psutil|PIL|"
-        r"yaml|tqdm|torchmetrics|huggingface_hub|numpy|tokenizers)\b",
+        r"yaml|tqdm|torchmetrics|huggingface_hub|numpy|tokenizers)\b|"
+        r"is not installed in \S+: pip install -r requirements\.txt",
         "the environment lacks something that every run needs, or another Python was called",
         ("pip install -r requirements.txt",),
     ),

@@ -1,0 +1,124 @@
+"""Series: what is refused before the first row, what is kept, how an early end leaves it."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import report_pieces
+import torch
+from test_errors import is_running, wait_for
+from test_series import ROOT, SHORT, arguments
+
+from utils import card, series
+from utils.errors import UserError
+from utils.report_rows import read
+
+SERIES = ("--ladder", "--leave_one_out", "--peers")
+ROW = {
+    "format": 2,
+    "total_s": report_pieces.spread(1.0, n=2),
+    "quality": {"psnr_db_worst": None},
+    "call": {"ckpt": "tiny-schnell"},
+}
+
+
+@pytest.mark.parametrize("kind", SERIES)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--height", "100"), "--height 100: not divisible by 16"),
+        (("--num_runs", "0"), "--num_runs 0: expected 1 or more"),
+        (("--rounds", "0"), "--rounds 0: expected 1 or more"),
+        (("--ckpt", "nope"), "--ckpt nope: unknown checkpoint"),
+        (("--ckpt", "someone/FLUX"), "the hub cannot be reached"),
+        (("--guidance_scale", "3.5"), "has no guidance embedding"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_the_first_row(monkeypatch, tmp_path, kind, flags, expected):
+    monkeypatch.setattr(series, "run_row", lambda *_: pytest.fail("a row was run"))
+    words = (kind, "--results", str(tmp_path / "x.jsonl"), *SHORT, *flags)
+    with pytest.raises(UserError) as refusal:
+        series.run_series(arguments(monkeypatch, *words), list(words))
+    assert expected in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_row_is_told_and_no_result(monkeypatch, tmp_path, capsys):
+    """Running out of memory ends with code 2, too, but is found out by trying: it stays one."""
+    path = tmp_path / "x.jsonl"
+    words = ("--ladder", "--rows", "eager,compile,fa3", "--results", str(path), *SHORT)
+    said = {
+        "eager": "exit code 2: error: out of memory in tier full (MemoryError); next: ...",
+        "compile": "exit code 2: error: --compile_export_mode compile: no C++ compiler found",
+    }
+
+    def run_row(command, _):
+        if "compile" in command:
+            return {"format": 2, "failed": said["compile"]}
+        failed = {"format": 2, "failed": said["eager"]}
+        return failed if "--disable_fa3" in command else ROW | {"environment": {}}
+
+    monkeypatch.setattr(series, "run_row", run_row)
+    monkeypatch.setattr(card, "busy", lambda args: ["busy        so it is"])
+    assert series.run_series(arguments(monkeypatch, *words), list(words)) == 2
+    assert [row["row"] for row in read(path)] == ["eager", "+ fa3"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"rows go to {path}", "busy        so it is"]
+    assert any(line.startswith(f"    FAILED: {said['compile']}") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("environment", "ran"),
+    [({}, 0), ({"threads": 1}, 0), ({"threads": 2}, 1), ({"commit": "earlier"}, 1)],
+)
+def test_a_row_of_another_session_is_measured_again(monkeypatch, tmp_path, environment, ran):
+    path = tmp_path / "x.jsonl"
+    words = ("--ladder", "--rows", "eager", "--results", str(path), *SHORT)
+    commands, now = [], {"commit": "clean", "threads": 1}
+    monkeypatch.setattr(card, "commit", lambda: "clean")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(
+        series, "run_row", lambda *c: commands.append(c) or ROW | {"environment": now}
+    )
+    assert series.run_series(arguments(monkeypatch, *words), list(words)) == 0
+    (row,) = read(path)
+    kept = {"commit": "clean"} | environment
+    report_pieces.write(path, [row | {"environment": kept}])
+    assert series.run_series(arguments(monkeypatch, *words), list(words)) == 0
+    assert len(commands) - 1 == ran
+    assert [row["environment"] for row in read(path)] == [kept, *[now] * ran]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_series_that_ends_early_ends_its_row_and_says_where_rows_are(
+    tmp_path, number, code, word
+):
+    path = report_pieces.write(tmp_path / "x.jsonl", [report_pieces.row()])
+    flags = ("--ladder", "--rows", "eager", "--device", "cpu", "--num_inference_steps", "5000")
+    command = [sys.executable, "run_benchmark.py", *flags, "--results", str(path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not process.stdout.readline().startswith("... eager"):
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(lambda: "run_benchmark.py" in _words(children))
+    (row,) = (int(pid) for pid in children.read_text().split())
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors == f"{word}: rows so far are in {path}\n"
+    assert not is_running(row)
+    assert len(path.read_text().splitlines()) == 1 and json.loads(path.read_text())
+
+
+def _words(children: Path) -> str:
+    """Give the command lines of child processes."""
+    lines = [Path(f"/proc/{pid}/cmdline") for pid in children.read_text().split()]
+    return " ".join(line.read_text() for line in lines if line.exists())
