@@ -81,7 +81,8 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
 
 def _settle(args, machine: Machine):
     """Do for a call on another machine what utils/prepare.py does for a run on this one."""
-    from utils.prepare import number_problems, open_image
+    from utils.checks import number_problems
+    from utils.prepare import open_image
     from utils.steps import fa3, quant, subpixel_upsampling
 
     if problems := number_problems(args):

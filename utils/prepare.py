@@ -4,15 +4,11 @@ Cheap checks come first (numbers, names, paths: no torch), then the device, then
 Every problem that is found is reported, one line each.
 """
 
-import math
-import tempfile
 import time
 from pathlib import Path
 
-from utils import acceleration, checkpoints, guidance, schedulers
+from utils import acceleration, checkpoints, checks, guidance, schedulers
 from utils.errors import UserError
-
-MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
 
 
 def prepare(args) -> None:
@@ -40,7 +36,7 @@ def settle_call(args) -> None:
 
     Raises: UserError with one line per problem.
     """
-    problems = [*number_problems(args), *_path_problems(args)]
+    problems = [*checks.number_problems(args), *checks.path_problems(args)]
     problems += [*guidance.problems(args), *schedulers.problems(args)]
     if problems:
         raise UserError("\n".join(problems))
@@ -86,68 +82,6 @@ def announce_and_load(args) -> tuple:
     load_s = time.perf_counter() - start
     report_cut_prompts(pipeline, args)
     return pipeline, load_s
-
-
-def number_problems(args) -> list[str]:
-    problems = []
-    for flag in ("height", "width"):
-        value = getattr(args, flag)
-        if value is not None and (value < 16 or value % 16):
-            near = max(16, round(value / 16) * 16)
-            problems.append(f"--{flag} {value}: not divisible by 16 (nearest: {near})")
-    for flag, least in (
-        ("num_inference_steps", 1),
-        ("max_sequence_length", 1),
-        ("num_images_per_prompt", 1),
-        ("num_runs", 1),
-        ("num_warmup", 0),
-        ("quality_prompts", 1),
-        ("rounds", 1),
-        ("seed", 0),
-    ):
-        value = getattr(args, flag, None)
-        if value is not None and value < least:
-            problems.append(f"--{flag} {value}: expected {least} or more")
-    if (args.max_sequence_length or 0) > MAX_SEQUENCE_LENGTH:
-        problems.append(
-            f"--max_sequence_length {args.max_sequence_length}: expected at most "
-            f"{MAX_SEQUENCE_LENGTH}"
-        )
-    if args.seed >= 2**63:
-        problems.append(f"--seed {args.seed}: expected less than 2**63")
-    for prompt in args.prompt or ():
-        if not prompt.strip():
-            problems.append("--prompt: empty (expected some words)")
-    return problems
-
-
-def _path_problems(args) -> list[str]:
-    """Look at every file that the run will write, while it costs nothing."""
-    problems = []
-    for flag in ("output_file", "trace_file", "results", "mask_file"):
-        value = getattr(args, flag, None)
-        if not value:
-            continue
-        path = Path(value)
-        name = "--" + flag.replace("_", "-")
-        if path.is_dir():
-            problems.append(f"{name} {value}: is a folder (expected a file name)")
-        elif not path.parent.is_dir():
-            problems.append(f"{name} {value}: the folder {path.parent} does not exist")
-        elif not _can_write(path.parent):
-            problems.append(f"{name} {value}: the folder {path.parent} cannot be written")
-        elif flag == "output_file" and path.suffix.lower() != ".png":
-            problems.append(f"{name} {value}: expected a name ending in .png")
-    return problems
-
-
-def _can_write(folder: Path) -> bool:
-    """Try it: permission bits do not tell about read-only file systems, nor about root."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _fill_in(args) -> None:
@@ -204,8 +138,6 @@ def _call_problems(args) -> list[str]:
         )
     if kind.takes_image and not args.image:
         problems.append(f"--image: {args.checkpoint.name} edits an image, none was given")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
-        problems.append(f"--guidance_scale {args.guidance_scale:g}: expected 0 or more")
     return problems
 
 
