@@ -167,6 +167,8 @@ REFUSALS = {
         "--require fa3: off: --disable_fa3",
     ),
     "fp8 attention on a CPU": (["--fa3_dtype", "fp8"], "--fa3_dtype fp8"),
+    "float8 named on a CPU": (["--quant_dtype", "float8"], "--quant_dtype float8: float8 products"),
+    "mxfp8 on a CPU": (["--quant_dtype", "mxfp8"], "--quant_dtype mxfp8: mxfp8 products need"),
     "backend of a GPU": (["--attention_backend", "fa2"], "--attention_backend fa2"),
     "cache for Schnell": (["--cache_dit_config", "cache_config.yaml"], "nothing to reuse"),
     "cached model without export": (["--use-cached-model"], "--use-cached-model"),

@@ -118,9 +118,10 @@ def _settle(args, machine: Machine):
     if attention.state == "refused":
         raise UserError(attention.reason)
     off_by_flag = args.disable_quant or args.disable_bf16
-    linear = on(filter=args.quant_filter, dtype=args.quant_dtype)
-    if off_by_flag or quant.lacking(machine, args.quant_dtype):
-        linear = off(f"no {args.quant_dtype}")
+    dtype = args.quant_dtype or "float8"
+    linear = on(filter=args.quant_filter, dtype=dtype)
+    if off_by_flag or quant.lacking(machine, dtype):
+        linear = off(f"no {dtype}")
     text = on() if args.quant_text_encoder else off("no --quant_text_encoder")
     if off_by_flag or quant.lacking(machine):
         text = off("no float8")
