@@ -155,8 +155,8 @@ def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
     return "\n".join(
         [
             f"checkpoint  {args.ckpt}, {args.checkpoint.kind}",
-            f"call        {call.width}x{call.height}, {call.images} image(s), {call.steps} "
-            f"evaluations{', each twice: true CFG' if call.true_cfg else ''}",
+            f"call        {call.width}x{call.height} (width x height), {call.images} image(s), "
+            f"{call.steps} evaluations{', each twice: true CFG' if call.true_cfg else ''}",
             f"tokens      {tokens} image, {call.text_tokens} text",
             f"precision   {precision.base}{fewer}",
             f"machine     {peaks.machine} ({why})",

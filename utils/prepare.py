@@ -10,6 +10,9 @@ from pathlib import Path
 from utils import acceleration, checkpoints, checks, guidance, schedulers
 from utils.errors import UserError
 
+# Kontext's picture over the checkpoint's own area: its tokens join those of the image in every step
+MAX_REFERENCE_AREA = 4
+
 
 def prepare(args) -> None:
     """Fill in what the flags leave open and settle what each step will do, in place.
@@ -145,6 +148,7 @@ def open_image(args):
     """Open and resize Kontext's image now, outside of anything that is timed.
 
     Returns: a PIL image (RGB) of the size that Kontext would give it, or None
+    Raises: UserError for what is no picture, or too large for a checkpoint that resizes none.
     """
     if not args.image:
         return None
@@ -159,8 +163,22 @@ def open_image(args):
         width, height = min(
             PREFERRED_KONTEXT_RESOLUTIONS, key=lambda wh: abs(ratio - wh[0] / wh[1])
         )
+    elif width * height > MAX_REFERENCE_AREA * args.checkpoint.native_size**2:
+        raise UserError(_too_large(args, width, height))
     size = tuple(max(16, edge // 16 * 16) for edge in (width, height))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _too_large(args, width: int, height: int) -> str:
+    """Refuse a picture that such a checkpoint would take as it is, and give a size that fits."""
+    edge = args.checkpoint.native_size
+    scale = edge / (width * height) ** 0.5
+    fitting = "x".join(str(max(16, round(side * scale / 16) * 16)) for side in (width, height))
+    return (
+        f"--image {args.image}: found {width}x{height} pixels, expected at most "
+        f"{MAX_REFERENCE_AREA} times the {edge}x{edge} of {args.checkpoint.name}, which takes them "
+        f"as they are; scale the picture down, to {fitting} for instance"
+    )
 
 
 def to_rgb(image):
