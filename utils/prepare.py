@@ -99,6 +99,7 @@ def _fill_in(args) -> None:
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
     args.text_tokens = args.max_sequence_length  # text_padding may need fewer
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
+    args.typed_scope = args.compile_scope
     args.compile_scope = args.compile_scope or ("blocks" if args.cache_dit_config else "full")
 
 
@@ -117,6 +118,9 @@ def _settle_mode(args) -> None:
             why = f"the default with --quant_dtype {args.quant_dtype}, which cannot be exported"
             mode = "compile", why
         args.compile_export_mode, args.mode_reason = mode
+    if args.compile_export_mode == "disabled" and args.typed_scope:  # a ladder's rows share flags
+        without = f"--compile_scope {args.typed_scope} has no effect"
+        args.mode_reason = f"{args.mode_reason}; {without}" if args.mode_reason else without
 
 
 def _call_problems(args) -> list[str]:
