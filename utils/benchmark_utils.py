@@ -44,6 +44,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes every long option with - and with _, and errs in one line."""
 
     def __init__(self, **kwargs):
+        module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+        if module:
+            kwargs.setdefault("prog", f"python -m {module.name.removesuffix('.__main__')}")
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):

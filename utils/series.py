@@ -118,7 +118,9 @@ def choose(rows: list[Row], wanted: str | None) -> list[Row]:
     """
     if wanted is None:
         return [row for row in rows if row.name != "fp32"]
-    known = {row.name: row for row in rows} | {row.name.removeprefix("+ "): row for row in rows}
+    known = {row.name: row for row in rows}
+    for prefix in ("+ ", "peer:"):
+        known |= {row.name.removeprefix(prefix): row for row in rows}
     names = [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in known:
@@ -149,6 +151,10 @@ def run_series(args, argv: list[str]) -> int:
     Returns: how many rows failed
     Raises: UserError for an unknown row or a results file that cannot be written.
     """
+    from utils.checks import number_problems
+
+    if problems := number_problems(args):
+        raise UserError("\n".join(problems))
     name = args.series
     listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": beside}[name](args)
     rows = choose(listed, args.rows)
