@@ -50,6 +50,14 @@ def add(root, component, content=b"code", used_days_ago=0):
     return package
 
 
+def test_an_unknown_word_is_one_line_that_names_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "utils.artifacts", "burn"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("; see python -m utils.artifacts --help\n")
+
+
 def test_kept_digests_are_no_broken_package(run, tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()

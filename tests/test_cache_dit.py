@@ -49,7 +49,23 @@ def test_our_own_file_is_read_to_the_last_key():
     ("text", "expected"),
     [
         ("cache_config: {threshold: 1}", "unknown key threshold"),
-        ("Fn_compute_blocks: many", "Fn_compute_blocks: found 'many', expected a number"),
+        ("Fn_compute_blocks: many", "Fn_compute_blocks: found 'many', expected a whole number"),
+        ("Fn_compute_blocks: 0", "Fn_compute_blocks: found 0, expected a whole number, 1 or more"),
+        ("Fn_compute_blocks: null", "Fn_compute_blocks: found None, expected a whole number"),
+        ("Fn_compute_blocks: 500", "Fn_compute_blocks 500 + Bn_compute_blocks 0 is 500, expected "),
+        ("max_warmup_steps: 2.5", "max_warmup_steps: found 2.5, expected a whole number, 0 or"),
+        ("warmup_steps: true", "max_warmup_steps: found True, expected a whole number, 0 or more"),
+        ("max_cached_steps: -2", "max_cached_steps: found -2, expected a whole number, -1 or more"),
+        ("residual_diff_threshold: -1", "residual_diff_threshold: found -1, expected a number, 0"),
+        ("residual_diff_threshold: .nan", "residual_diff_threshold: found nan, expected a number"),
+        ("residual_diff_threshold: 1e-2", "found '1e-2', expected a number, 0 or more (such as"),
+        ("enable_taylorseer: maybe", "enable_taylorseer: found 'maybe', expected true or false"),
+        ("taylorseer_order: one", "taylorseer_order: found 'one', expected a whole number"),
+        ("taylorseer_kwargs: 2", "taylorseer_kwargs: found 2, expected keys and values"),
+        ("taylorseer_cache_type: all", "found 'all', expected residual or hidden_states"),
+        ("steps_computation_mask: [1, 2]", "steps_computation_mask: found [1, 2], expected a list"),
+        ("", "the file is empty"),
+        ("cache_config:", "the file is empty"),
         ("cache_type: DBPrune", "cache_type: expected DBCache"),
         ("- 1", "found list, expected keys and values"),
         ("a: [", "while parsing"),
@@ -192,7 +208,29 @@ def test_compiled_blocks_without_graph_breaks_or_recompilation(often):
 
 def test_more_computed_blocks_than_there_are_is_one_line(tmp_path):
     file = tmp_path / "deep.yaml"
-    file.write_text("Fn_compute_blocks: 8")
-    args = run_of("--cache_dit_config", str(file), *EAGER)
-    with pytest.raises(UserError, match=r"is 8, expected fewer than the 3 blocks"):
-        optimize(load_pipeline(args), args)
+    file.write_text("Fn_compute_blocks: 2\nBn_compute_blocks: 1")
+    with pytest.raises(UserError, match=r"is 3, expected fewer than the 3 blocks of tiny-dev"):
+        run_of("--cache_dit_config", str(file), *EAGER)
+
+
+def test_optional_keys_may_be_none_and_limits_may_be_off(tmp_path):
+    file = tmp_path / "open.yaml"
+    file.write_text(
+        "Fn_compute_blocks: 1\nmax_cached_steps: -1\nnum_inference_steps: null\n"
+        "max_accumulated_residual_diff_threshold: 0.5\nsteps_computation_mask: [1, 0]\n"
+    )
+    cache, taylor = read_settings(file)
+    assert cache["num_inference_steps"] is None and cache["steps_computation_mask"] == [1, 0]
+    assert not taylor
+
+
+def test_every_key_of_cache_dit_has_a_type():
+    import dataclasses
+
+    from cache_dit import DBCacheConfig
+
+    from utils.steps import cache_dit
+
+    typed = {*cache_dit.LEAST, *cache_dit.THRESHOLDS, *cache_dit.SWITCHES, *cache_dit.CHOICES}
+    keys = {field.name for field in dataclasses.fields(DBCacheConfig)}
+    assert keys | set(cache_dit.TAYLOR_KEYS) == typed | {"cache_type", "steps_computation_mask"}

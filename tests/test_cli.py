@@ -1,4 +1,4 @@
-"""The command line: quick help, both spellings, defaults, and one line for everything wrong."""
+"""The command line: quick help, both spellings, defaults; refusals: test_refusals.py."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import make_args
 
+from utils import card
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
@@ -114,51 +115,6 @@ def test_defaults_on_a_hopper_gpu(as_machine, monkeypatch):
     assert lossless.plan["fa3"].settings["dtype"] == "bf16"
 
 
-REFUSALS = {
-    "unknown checkpoint": (["--ckpt", "nope"], "--ckpt nope: unknown checkpoint"),
-    "folder without a model": (["--ckpt", "utils"], "no model in this folder"),
-    "unreachable hub": (["--ckpt", "someone/FLUX"], "hub cannot be reached"),
-    "no CUDA": (["--device", "cuda"], "no CUDA device found"),
-    "unknown device": (["--device", "tpu"], "unknown device"),
-    "height": (["--height", "100"], "--height 100: not divisible by 16"),
-    "negative width": (["--width", "-16"], "--width -16: not divisible by 16"),
-    "steps": (["--num_inference_steps", "0"], "--num_inference_steps 0: expected 1 or more"),
-    "text": (["--max_sequence_length", "513"], "expected at most 512"),
-    "seed": (["--seed", "-1"], "--seed -1: expected 0 or more"),
-    "empty prompt": (["--prompt", " "], "--prompt: empty"),
-    "image for Schnell": (["--image", "x.png"], "takes no image"),
-    "guidance for Schnell": (["--guidance_scale", "3.5"], "has no guidance embedding"),
-    "no such output folder": (
-        ["--output-file", "no/such/x.png"],
-        "the folder no/such does not exist",
-    ),
-    "output is a folder": (["--output-file", "utils"], "is a folder"),
-    "not a PNG": (["--output-file", "x.gif"], "expected a name ending in .png"),
-    "unwritable folder": (["--output-file", "/proc/x.png"], "the folder /proc cannot be written"),
-    "unknown step": (["--require", "magic"], "--require magic: unknown step"),
-    "required but unavailable": (["--require", "quant"], "--require quant: unavailable: float8"),
-    "required but off": (
-        ["--require", "fa3", "--disable_fa3"],
-        "--require fa3: off: --disable_fa3",
-    ),
-    "fp8 attention on a CPU": (["--fa3_dtype", "fp8"], "--fa3_dtype fp8"),
-    "backend of a GPU": (["--attention_backend", "fa2"], "--attention_backend fa2"),
-    "cache for Schnell": (["--cache_dit_config", "cache_config.yaml"], "nothing to reuse"),
-    "cached model without export": (["--use-cached-model"], "--use-cached-model"),
-}
-
-
-@pytest.mark.parametrize(("flags", "expected"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals_are_one_line_before_any_weight(flags, expected, monkeypatch):
-    from utils import pipeline_utils
-
-    monkeypatch.setattr(pipeline_utils, "load_pipeline", None)  # preparing must not need it
-    with pytest.raises(UserError) as refusal:
-        make_args(*([] if "--device" in flags else ["--device", "cpu"]), *flags)
-    assert expected in str(refusal.value)
-    assert len(str(refusal.value).splitlines()) == 1
-
-
 def test_scripts_exit_with_2_and_leave_nothing(tmp_path):
     target = tmp_path / "x.png"
     done = script("gen_image.py", "--ckpt", "nope", "--output-file", str(target))
@@ -166,12 +122,6 @@ def test_scripts_exit_with_2_and_leave_nothing(tmp_path):
     assert done.stderr.startswith("error: --ckpt nope")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_every_problem_is_reported_at_once():
-    with pytest.raises(UserError) as refusal:
-        make_args("--height", "100", "--seed", "-1", "--output-file", "no/such/x.png")
-    assert len(str(refusal.value).splitlines()) == 3
 
 
 def test_gated_model_names_licence_login_and_the_way_around(monkeypatch):
@@ -237,6 +187,17 @@ def test_a_missing_compiler_is_named_before_any_weight(mode, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"no C\+\+ compiler found .* apt install g\+\+"):
         make_args("--device", "cpu", "--compile_export_mode", mode)
+
+
+def test_a_scope_without_anything_to_compile_is_named_in_the_card():
+    scope = ("--compile_scope", "blocks")
+    text = card.render(make_args("--device", "cpu", *scope))
+    assert (
+        "mode        disabled (the default on a CPU; --compile_scope blocks has no effect)" in text
+    )
+    text = card.render(make_args("--device", "cpu", *scope, "--compile_export_mode", "disabled"))
+    assert "mode        disabled (--compile_scope blocks has no effect)" in text
+    assert "has no effect" not in card.render(make_args("--device", "cpu"))
 
 
 def test_steps_declare_an_order_that_holds():

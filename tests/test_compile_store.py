@@ -66,11 +66,13 @@ def test_another_run_is_refused_by_field(stored, changes, field, early):
     assert not loaded
 
 
-def test_a_damaged_file_is_compiled_anew_and_never_loaded(stored):
+def test_a_damaged_file_is_compiled_anew_and_never_loaded(stored, capsys):
     root, args, loaded = stored
     (path,) = root.glob("*.compiled")
     path.write_bytes(b"abd")
     assert compile._load(root, PARTS, args)[1] is True
+    said = capsys.readouterr().err
+    assert "stored package is damaged or does not fit" in said and "sha256: found" in said
     args.use_cached_model = True
     with pytest.raises(UserError, match="sha256: found"):
         compile._load(root, PARTS, args)

@@ -23,7 +23,7 @@ def flags(machine=H200, **others):
         "swap_loras": False,
         "gguf_file": None,
         "quant_granularity": "row",
-        "quant_dtype": "float8",
+        "quant_dtype": None,
         "quant_filter": "blocks",
         "fused_kernels": False,
         "dtype": torch.bfloat16,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,7 +234,7 @@ def test_other_versions_are_refused_or_replaced(built, copied, monkeypatch):
 @pytest.mark.parametrize(
     "harm", ["truncated", "flipped", "absent", "swapped", "manifest", "format"]
 )
-def test_a_broken_package_is_refused_and_never_opened(copied, monkeypatch, harm):
+def test_a_broken_package_is_refused_and_never_opened(copied, monkeypatch, capsys, harm):
     package = next(copied.glob("transformer-*.pt2"))
     manifest = next(copied.glob("transformer-*.json"))
     content = package.read_bytes()
@@ -269,6 +270,8 @@ def test_a_broken_package_is_refused_and_never_opened(copied, monkeypatch, harm)
     monkeypatch.setattr(aoti, "export", lambda component: None)
     with pytest.raises(BuiltAnewError):
         export_aoti.apply(make_pipeline(), make_args(copied))
+    said = capsys.readouterr().err
+    assert re.search(f"the stored package is damaged or does not fit .*{expected}", said), said
 
 
 def test_weights_that_do_not_fit_the_code_are_refused(built):

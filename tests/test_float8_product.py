@@ -165,7 +165,7 @@ def checked(machine=H200, **flags):
         "gguf_file": None,
         "swap_loras": False,
         "quant_granularity": "row",
-        "quant_dtype": "float8",
+        "quant_dtype": None,
         "quant_filter": "blocks",
         "dtype": torch.bfloat16,
         "compile_export_mode": "compile",

@@ -47,7 +47,7 @@ def check(machine, **flags):
         "disable_quant": False,
         "gguf_file": None,
         "swap_loras": False,
-        "quant_dtype": "float8",
+        "quant_dtype": None,
         "quant_granularity": "row",
         "quant_filter": "blocks",
         "dtype": torch.bfloat16,

@@ -68,8 +68,8 @@ def test_every_step_keeps_its_picture(mode, reference, tmp_path):
     [
         (CFG[:2], "--true_cfg_scale 3: has no effect without --negative_prompt"),
         (CFG[2:], "--negative_prompt 'a large blue ring': has no effect without --true_cfg_scale"),
-        (("--true_cfg_scale", "1", *CFG[2:]), "expected more than 1"),
-        (("--true_cfg_scale", "nan", *CFG[2:]), "expected more than 1"),
+        (("--true_cfg_scale", "1", *CFG[2:]), "expected a finite number above 1"),
+        (("--true_cfg_scale", "nan", *CFG[2:]), "nan: expected a finite number above 1"),
         (("--modulation_once", *CFG), "--modulation_once: its loop calls the transformer once"),
         (("--step_mask", "fast", *CFG), "the mask counts one forward a step"),
         (

@@ -115,6 +115,34 @@ def test_grey_of_16_bits_keeps_its_levels(tmp_path):
     assert (read[..., 0] == levels >> 8).all()
 
 
+def test_a_picture_that_stays_as_large_as_it_is_may_not_be_huge(tmp_path):
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "photo.png")
+    with pytest.raises(UserError) as refusal:
+        args_of("--image", str(tmp_path / "photo.png"))
+    text = str(refusal.value)
+    assert "photo.png: found 4000x3000 pixels, expected at most 4 times the 128x128" in text
+    assert "scale the picture down, to 144x112" in text and len(text.splitlines()) == 1
+    Image.new("RGB", (512, 128)).save(tmp_path / "wide.png")  # 4 times: still taken
+    assert args_of("--image", str(tmp_path / "wide.png")).pil_image.size == (512, 128)
+
+
+def test_the_card_tells_which_edge_is_which_and_the_pictures_tokens(picture):
+    from utils import card
+
+    lines = card.render(args_of("--image", picture, "--width", "96")).splitlines()
+    call = next(line for line in lines if line.startswith("call"))
+    assert "96x128 (width x height), 1 image(s) of a picture of 128x96 (48 more tokens" in call
+
+
+def test_a_large_picture_is_resized_where_the_checkpoint_does(tmp_path, roomy):
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "photo.png")
+    args = make_args(
+        *("--ckpt", "black-forest-labs/FLUX.1-Kontext-dev", "--random_weights"),
+        *("--device", "cpu", "--image", str(tmp_path / "photo.png")),
+    )
+    assert args.pil_image.size == (1184, 880)
+
+
 def test_an_image_is_needed():
     with pytest.raises(UserError, match="edits an image, none was given"):
         args_of()

@@ -150,7 +150,7 @@ def checked(machine, dtype=torch.bfloat16, **flags):
         "disable_quant": False,
         "swap_loras": False,
         "gguf_file": None,
-        "quant_dtype": "float8",
+        "quant_dtype": None,
         "quant_granularity": "row",
         "quant_filter": "blocks",
     }

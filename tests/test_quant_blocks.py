@@ -99,8 +99,8 @@ def test_each_machine_and_flag(dtype, monkeypatch):
         assert verdict.settings["dtype"] == dtype and verdict.settings["granularity"] == "block"
     for machine in (H200, Machine("cpu", "EPYC"), Machine("cuda", "MI355X", (9, 5), hip="7.0")):
         verdict = checked(machine, quant_dtype=dtype)
-        assert verdict.state == "unavailable"
-        assert f"{dtype} products need a Blackwell GPU" in verdict.reason
+        assert verdict.state == "refused"
+        assert f"--quant_dtype {dtype}: {dtype} products need a Blackwell GPU" in verdict.reason
         assert machine.short() in verdict.reason
     assert checked(B200, quant_dtype=dtype, disable_quant=True).state == "off"
     for changed in ({"quant_granularity": "tensor"}, {"quant_filter": "all"}):
@@ -142,9 +142,8 @@ def test_what_else_follows_from_the_format(dtype, as_machine):
         with pytest.raises(UserError, match=words):
             make_args(*FLUX, "--quant_dtype", dtype, *changed)
     as_machine(Machine("cuda", "NVIDIA H200", (9, 0), memory_gib=140.0))
-    args = make_args(*FLUX, "--quant_dtype", dtype, "--memory", "group")
-    assert args.plan["quant"].state == "unavailable"
-    assert args.plan["memory"].is_on  # nothing that could not move
+    with pytest.raises(UserError, match=f"--quant_dtype {dtype}: .* found NVIDIA H200"):
+        make_args(*FLUX, "--quant_dtype", dtype, "--memory", "group")
 
 
 def test_data_sheets_have_a_rate_for_each_format_of_their_machine():

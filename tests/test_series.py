@@ -107,6 +107,12 @@ def test_rows_are_picked_by_name(monkeypatch):
         series.choose(rows, "eager,warp")
 
 
+def test_peers_are_picked_with_or_without_their_prefix(monkeypatch):
+    rows = series.beside(arguments(monkeypatch, "--peers"))
+    for names in ("ours,diffusers-eager", "ours,peer:diffusers-eager"):
+        assert [row.name for row in series.choose(rows, names)] == ["ours", "peer:diffusers-eager"]
+
+
 def test_a_row_keeps_what_was_typed_but_for_the_flags_of_the_series():
     typed = "--ladder --rows eager,fa3 --ckpt tiny-dev --rounds=2 --results x.jsonl --num-runs 3"
     assert series.common_flags(typed.split()) == ["--ckpt", "tiny-dev", "--num-runs", "3"]
@@ -209,6 +215,7 @@ def test_rounds_take_turns(monkeypatch, tmp_path):
         (("--ladder", "--results", "/no/such/folder/rows.jsonl"), "/no/such/folder does not exist"),
         (("--results", "/no/such/folder/rows.jsonl"), "cannot be written (No such file"),
         (("--rounds", "0"), "--rounds 0: expected 1 or more"),
+        (("--ladder", "--rounds", "0"), "--rounds 0: expected 1 or more"),
     ],
 )
 def test_bad_input_is_one_line(flags, expected):

@@ -9,6 +9,8 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from utils.errors import UserError
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Show a default where there is one and the text does not name it already."""
@@ -18,10 +20,33 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+MAY_BE_EMPTY = ("--prompt", "--negative_prompt")  # the first has words of its own for it
+
+
+def _text_problems(action: argparse.Action, found: argparse.Namespace) -> list[str]:
+    """Refuse a flag's empty text, and bytes that are no UTF-8: neither names or says anything."""
+    value = getattr(found, action.dest, None)
+    if value in (action.default, action.const):
+        return []
+    flag = action.option_strings[0] if action.option_strings else action.dest
+    problems = []
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str):
+            continue
+        if not text and flag not in MAY_BE_EMPTY:
+            problems.append(f"{flag} '': empty (leave the flag out, or give it a value)")
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            problems.append(f"{flag} {text!a}: has bytes that are no UTF-8")
+    return problems
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes every long option with - and with _, and errs in one line."""
 
     def __init__(self, **kwargs):
+        module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+        if module:
+            kwargs.setdefault("prog", f"python -m {module.name.removesuffix('.__main__')}")
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -36,7 +61,10 @@ class Parser(argparse.ArgumentParser):
             return canonical.get(flag.replace("_", "-"), flag) + equals + value
 
         words = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args([spell(word) for word in words], namespace)
+        found, rest = super().parse_known_args([spell(word) for word in words], namespace)
+        if problems := [line for action in self._actions for line in _text_problems(action, found)]:
+            raise UserError("\n".join(problems))
+        return found, rest
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")

@@ -163,9 +163,9 @@ def render(args) -> str:
         f"machine     {machine.name} ({machine.short()}), {machine.memory_gib:.0f} GiB",
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
-        f"call        {args.width}x{args.height}, {count} image(s), {args.num_inference_steps} "
-        f"steps, guidance {guidance}{_true_cfg(args)}, {args.max_sequence_length} text tokens, "
-        f"seed {args.seed}",
+        f"call        {args.width}x{args.height} (width x height), {count} image(s)"
+        f"{_edited(args)}, {args.num_inference_steps} steps, guidance {guidance}{_true_cfg(args)}, "
+        f"{args.max_sequence_length} text tokens, seed {args.seed}",
         *_scheduler(args),
     ]
     if args.acceleration_notes:
@@ -199,6 +199,18 @@ def _scheduler(args) -> list[str]:
     forwards = schedulers.evaluations(args)
     sigmas = args.sigmas or "default"
     return [f"scheduler   {args.scheduler or 'euler'}, sigmas {sigmas}, {forwards} evaluations"]
+
+
+def _edited(args) -> str:
+    """Give the size of Kontext's picture as it is encoded, and the tokens that it adds."""
+    if args.pil_image is None:
+        return ""
+    from utils.random_weights import configs_of
+    from utils.work import image_tokens
+
+    width, height = args.pil_image.size
+    tokens = image_tokens(configs_of(args.checkpoint)["vae"], (height, width))
+    return f" of a picture of {width}x{height} ({tokens} more tokens a step)"
 
 
 def _true_cfg(args) -> str:

@@ -185,7 +185,7 @@ def resolve(name: str, random_weights: bool = False) -> Checkpoint:
     if name in BUNDLED:
         folder, kind = BUNDLED[name]
         found = replace(_from_folder(name, BUNDLED_DIR / folder, "bundled"), kind=kind)
-    elif Path(name).is_dir():
+    elif name and Path(name).is_dir():  # Path("") is the working directory
         found = _from_folder(name, Path(name), "folder")
     elif random_weights and name in HUB_KINDS:
         found = Checkpoint(name, "hub", HUB_KINDS[name], None, 1024)
@@ -202,7 +202,7 @@ def resolve(name: str, random_weights: bool = False) -> Checkpoint:
         found = _from_hub(name)
     else:
         raise UserError(
-            f"--ckpt {name}: unknown checkpoint (expected {', '.join(BUNDLED)}, a folder, or a hub "
-            f"id such as {DEFAULT_CKPT['cuda']})"
+            f"--ckpt {name or repr(name)}: unknown checkpoint (expected {', '.join(BUNDLED)}, a "
+            f"folder, or a hub id such as {DEFAULT_CKPT['cuda']})"
         )
     return replace(found, random_weights=random_weights)

@@ -81,7 +81,8 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
 
 def _settle(args, machine: Machine):
     """Do for a call on another machine what utils/prepare.py does for a run on this one."""
-    from utils.prepare import number_problems, open_image
+    from utils.checks import number_problems
+    from utils.prepare import open_image
     from utils.steps import fa3, quant, subpixel_upsampling
 
     if problems := number_problems(args):
@@ -117,9 +118,10 @@ def _settle(args, machine: Machine):
     if attention.state == "refused":
         raise UserError(attention.reason)
     off_by_flag = args.disable_quant or args.disable_bf16
-    linear = on(filter=args.quant_filter, dtype=args.quant_dtype)
-    if off_by_flag or quant.lacking(machine, args.quant_dtype):
-        linear = off(f"no {args.quant_dtype}")
+    dtype = args.quant_dtype or "float8"
+    linear = on(filter=args.quant_filter, dtype=dtype)
+    if off_by_flag or quant.lacking(machine, dtype):
+        linear = off(f"no {dtype}")
     text = on() if args.quant_text_encoder else off("no --quant_text_encoder")
     if off_by_flag or quant.lacking(machine):
         text = off("no float8")
@@ -153,8 +155,8 @@ def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
     return "\n".join(
         [
             f"checkpoint  {args.ckpt}, {args.checkpoint.kind}",
-            f"call        {call.width}x{call.height}, {call.images} image(s), {call.steps} "
-            f"evaluations{', each twice: true CFG' if call.true_cfg else ''}",
+            f"call        {call.width}x{call.height} (width x height), {call.images} image(s), "
+            f"{call.steps} evaluations{', each twice: true CFG' if call.true_cfg else ''}",
             f"tokens      {tokens} image, {call.text_tokens} text",
             f"precision   {precision.base}{fewer}",
             f"machine     {peaks.machine} ({why})",

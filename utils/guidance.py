@@ -36,6 +36,17 @@ def is_true_cfg(args) -> bool:
 
 def problems(args) -> list[str]:
     """Refuse half of the pair, and scales that diffusers would leave out silently."""
+    return [*_guidance_problems(args), *_true_cfg_problems(args)]
+
+
+def _guidance_problems(args) -> list[str]:
+    scale = args.guidance_scale
+    if scale is None or 0 <= scale < math.inf:
+        return []
+    return [f"--guidance_scale {scale:g}: expected a finite number, 0 or more"]
+
+
+def _true_cfg_problems(args) -> list[str]:
     scale, negative = args.true_cfg_scale, args.negative_prompt
     if scale is None and negative is not None:
         return [
@@ -50,7 +61,9 @@ def problems(args) -> list[str]:
             "''); give both or neither"
         ]
     if not 1 < scale < math.inf:
-        return [f"--true_cfg_scale {scale:g}: expected more than 1 (at 1 there is none)"]
+        return [
+            f"--true_cfg_scale {scale:g}: expected a finite number above 1 (at 1 there is none)"
+        ]
     return []
 
 

@@ -4,15 +4,14 @@ Cheap checks come first (numbers, names, paths: no torch), then the device, then
 Every problem that is found is reported, one line each.
 """
 
-import math
-import tempfile
 import time
 from pathlib import Path
 
-from utils import acceleration, card, checkpoints, guidance, schedulers
+from utils import acceleration, card, checkpoints, checks, guidance, schedulers
 from utils.errors import UserError
 
-MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
+# Kontext's picture over the checkpoint's own area: its tokens join those of the image in every step
+MAX_REFERENCE_AREA = 4
 
 
 def prepare(args) -> None:
@@ -42,7 +41,7 @@ def settle_call(args) -> None:
     Raises: UserError with one line per problem.
     """
     args.started = card.started()
-    problems = [*number_problems(args), *_path_problems(args)]
+    problems = [*checks.number_problems(args), *checks.path_problems(args)]
     problems += [*guidance.problems(args), *schedulers.problems(args)]
     if problems:
         raise UserError("\n".join(problems))
@@ -89,68 +88,6 @@ def announce_and_load(args) -> tuple:
     return pipeline, load_s
 
 
-def number_problems(args) -> list[str]:
-    problems = []
-    for flag in ("height", "width"):
-        value = getattr(args, flag)
-        if value is not None and (value < 16 or value % 16):
-            near = max(16, round(value / 16) * 16)
-            problems.append(f"--{flag} {value}: not divisible by 16 (nearest: {near})")
-    for flag, least in (
-        ("num_inference_steps", 1),
-        ("max_sequence_length", 1),
-        ("num_images_per_prompt", 1),
-        ("num_runs", 1),
-        ("num_warmup", 0),
-        ("quality_prompts", 1),
-        ("rounds", 1),
-        ("seed", 0),
-    ):
-        value = getattr(args, flag, None)
-        if value is not None and value < least:
-            problems.append(f"--{flag} {value}: expected {least} or more")
-    if (args.max_sequence_length or 0) > MAX_SEQUENCE_LENGTH:
-        problems.append(
-            f"--max_sequence_length {args.max_sequence_length}: expected at most "
-            f"{MAX_SEQUENCE_LENGTH}"
-        )
-    if args.seed >= 2**63:
-        problems.append(f"--seed {args.seed}: expected less than 2**63")
-    for prompt in args.prompt or ():
-        if not prompt.strip():
-            problems.append("--prompt: empty (expected some words)")
-    return problems
-
-
-def _path_problems(args) -> list[str]:
-    """Look at every file that the run will write, while it costs nothing."""
-    problems = []
-    for flag in ("output_file", "trace_file", "results", "mask_file"):
-        value = getattr(args, flag, None)
-        if not value:
-            continue
-        path = Path(value)
-        name = "--" + flag.replace("_", "-")
-        if path.is_dir():
-            problems.append(f"{name} {value}: is a folder (expected a file name)")
-        elif not path.parent.is_dir():
-            problems.append(f"{name} {value}: the folder {path.parent} does not exist")
-        elif not _can_write(path.parent):
-            problems.append(f"{name} {value}: the folder {path.parent} cannot be written")
-        elif flag == "output_file" and path.suffix.lower() != ".png":
-            problems.append(f"{name} {value}: expected a name ending in .png")
-    return problems
-
-
-def _can_write(folder: Path) -> bool:
-    """Try it: permission bits do not tell about read-only file systems, nor about root."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
 def _fill_in(args) -> None:
     """Set the defaults that depend on the checkpoint and the device."""
     import torch
@@ -163,6 +100,7 @@ def _fill_in(args) -> None:
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
     args.text_tokens = args.max_sequence_length  # text_padding may need fewer
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
+    args.typed_scope = args.compile_scope
     args.compile_scope = args.compile_scope or ("blocks" if args.cache_dit_config else "full")
 
 
@@ -181,6 +119,9 @@ def _settle_mode(args) -> None:
             why = f"the default with --quant_dtype {args.quant_dtype}, which cannot be exported"
             mode = "compile", why
         args.compile_export_mode, args.mode_reason = mode
+    if args.compile_export_mode == "disabled" and args.typed_scope:  # a ladder's rows share flags
+        without = f"--compile_scope {args.typed_scope} has no effect"
+        args.mode_reason = f"{args.mode_reason}; {without}" if args.mode_reason else without
 
 
 def _call_problems(args) -> list[str]:
@@ -205,8 +146,6 @@ def _call_problems(args) -> list[str]:
         )
     if kind.takes_image and not args.image:
         problems.append(f"--image: {args.checkpoint.name} edits an image, none was given")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
-        problems.append(f"--guidance_scale {args.guidance_scale:g}: expected 0 or more")
     return problems
 
 
@@ -214,6 +153,7 @@ def open_image(args):
     """Open and resize Kontext's image now, outside of anything that is timed.
 
     Returns: a PIL image (RGB) of the size that Kontext would give it, or None
+    Raises: UserError for what is no picture, or too large for a checkpoint that resizes none.
     """
     if not args.image:
         return None
@@ -228,8 +168,22 @@ def open_image(args):
         width, height = min(
             PREFERRED_KONTEXT_RESOLUTIONS, key=lambda wh: abs(ratio - wh[0] / wh[1])
         )
+    elif width * height > MAX_REFERENCE_AREA * args.checkpoint.native_size**2:
+        raise UserError(_too_large(args, width, height))
     size = tuple(max(16, edge // 16 * 16) for edge in (width, height))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _too_large(args, width: int, height: int) -> str:
+    """Refuse a picture that such a checkpoint would take as it is, and give a size that fits."""
+    edge = args.checkpoint.native_size
+    scale = edge / (width * height) ** 0.5
+    fitting = "x".join(str(max(16, round(side * scale / 16) * 16)) for side in (width, height))
+    return (
+        f"--image {args.image}: found {width}x{height} pixels, expected at most "
+        f"{MAX_REFERENCE_AREA} times the {edge}x{edge} of {args.checkpoint.name}, which takes them "
+        f"as they are; scale the picture down, to {fitting} for instance"
+    )
 
 
 def to_rgb(image):

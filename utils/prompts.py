@@ -44,6 +44,7 @@ QUALITY = {  # what the checkpoint understands -> eight prompts
         "make it look like an old photograph",
     ),
 }
+PER_KIND = 8  # prompts of each
 
 
 def quality_prompts(args) -> list[str]:

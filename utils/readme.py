@@ -77,7 +77,7 @@ def choices(machine: Machine) -> tuple[str, ...]:
         disable_quant=False,
         gguf_file=None,
         swap_loras=False,
-        quant_dtype="float8",
+        quant_dtype=None,
         quant_granularity="row",
         quant_filter="blocks",
     )

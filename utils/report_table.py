@@ -61,7 +61,7 @@ def spread(times: dict | None, unit: float = 1.0, with_n: bool = True) -> str:
     return f"{mid} ({low}-{high}{n})"
 
 
-def _seconds(row: dict) -> str:
+def seconds(row: dict) -> str:
     return (
         f"failed: {' '.join(row['failed'].split())}"
         if row.get("failed")
@@ -91,7 +91,7 @@ def _decimals(value: float) -> int:
     return len(significant(value).partition(".")[2])
 
 
-def _psnr(row: dict) -> str:
+def psnr(row: dict) -> str:
     quality = row.get("quality") or {}
     worst, other, ssim = (
         quality.get(k) for k in ("psnr_db_worst", "other_seed_psnr_db", "ssim_worst")
@@ -137,7 +137,7 @@ def peak_gib(row: dict) -> float | None:
     return next((gib for gib in found if gib is not None), None)
 
 
-def _peak(row: dict) -> str:
+def peak(row: dict) -> str:
     gib = peak_gib(row)
     return MISSING if gib is None else f"{gib:.2f}"
 
@@ -174,14 +174,14 @@ def table(series: Series) -> Table:
     }
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("row", name),
-        ("seconds", _seconds),
+        ("seconds", seconds),
         second[series.kind],
-        ("PSNR, dB / SSIM", _psnr),
+        ("PSNR, dB / SSIM", psnr),
         ("latents' error", _latents),
         ("checker", _checker),
         ("CLIP score", _clip),
         ("picture", loss),
-        ("peak, GiB", _peak),
+        ("peak, GiB", peak),
         ("over floor / MFU", _floor),
         ("ready after", _ready),
     ]
@@ -196,11 +196,11 @@ def _single(series: Series) -> Table:
 
     def psnr(row: dict) -> str:
         worst = get(row, "quality", "psnr_db_worst")
-        return _psnr(row) if worst is None else f"{worst:.1f}"
+        return psnr(row) if worst is None else f"{worst:.1f}"
 
     def seconds(row: dict) -> str:
         if row.get("failed"):
-            return _seconds(row)
+            return seconds(row)
         return "{median:.3f} ({min:.3f}-{max:.3f})".format(**row["total_s"])
 
     def error(row: dict) -> str:
@@ -211,7 +211,7 @@ def _single(series: Series) -> Table:
     rows = []
     for row in series.rows:
         command = Code(name({**row, "row": None}))
-        rows.append((command, seconds(row), _ready(row), psnr(row), error(row), _peak(row)))
+        rows.append((command, seconds(row), _ready(row), psnr(row), error(row), peak(row)))
     return Table(header, tuple(rows))
 
 

@@ -15,6 +15,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+TRAINING_TIMESTEPS = 1000  # of FLUX.1's scheduler config: more steps repeat them
 EULER = "FlowMatchEulerDiscreteScheduler"
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 

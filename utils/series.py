@@ -116,7 +116,9 @@ def choose(rows: list[Row], wanted: str | None) -> list[Row]:
     """
     if wanted is None:
         return [row for row in rows if row.name != "fp32"]
-    known = {row.name: row for row in rows} | {row.name.removeprefix("+ "): row for row in rows}
+    known = {row.name: row for row in rows}
+    for prefix in ("+ ", "peer:"):
+        known |= {row.name.removeprefix(prefix): row for row in rows}
     names = [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in known:

@@ -15,7 +15,16 @@ from utils.artifacts.identity import code_digest, differences, environment, name
 from utils.artifacts.private import cache_problem, open_cache, write_atomically
 from utils.artifacts.remote import flag_problem
 from utils.artifacts.run import identity_of_run, known_early, no_cached_model, stored_problems
-from utils.artifacts.store import FORMAT, Package, building, find, nearest, read_manifest, save
+from utils.artifacts.store import (
+    FORMAT,
+    Package,
+    building,
+    damage,
+    find,
+    nearest,
+    read_manifest,
+    save,
+)
 
 __all__ = [
     "FORMAT",
@@ -24,6 +33,7 @@ __all__ = [
     "cache_problem",
     "checkpoint_digest",
     "code_digest",
+    "damage",
     "differences",
     "environment",
     "file_digest",

@@ -116,6 +116,13 @@ def find(root: Path, identity: dict, code: str = ".pt2") -> tuple[Package | None
     return Package(name, files, manifest["constants"]), []
 
 
+def damage(root: Path, identity: dict, lines: list[str]) -> str:
+    """Say that the run's own package is there and unusable, by find()'s lines; "" if none is."""
+    if not os.path.lexists(root / f"{name_of(identity)}.json"):
+        return ""
+    return f"the stored package is damaged or does not fit ({lines[0]}), so it is made anew"
+
+
 def file_problems(root: Path, name: str, manifest: dict, digests: bool = True) -> list[str]:
     """Compare the files of a package with what its manifest says of them: one line each."""
     lines = []

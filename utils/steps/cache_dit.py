@@ -9,6 +9,7 @@ single image by as much as a cache costs.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 from utils.steps import Verdict, off, on, refused
@@ -26,6 +27,28 @@ TAYLOR_KEYS = {  # key in the file -> TaylorSeerCalibratorConfig's
     "taylorseer_order": "taylorseer_order",
 }
 ALWAYS = ("Fn_compute_blocks", "Bn_compute_blocks")  # blocks that are never reused
+# What each key may be: cache-dit checks two of them, in the first forward, and believes the others
+LEAST = {  # of whole numbers; -1: no limit
+    "Fn_compute_blocks": 1,
+    "Bn_compute_blocks": 0,
+    "max_warmup_steps": 0,
+    "warmup_interval": 1,
+    "max_cached_steps": -1,
+    "max_continuous_cached_steps": -1,
+    "num_inference_steps": 1,
+    "force_refresh_step_hint": 1,
+    "taylorseer_order": 0,
+}
+THRESHOLDS = ("residual_diff_threshold", "max_accumulated_residual_diff_threshold")
+SWITCHES = (
+    *("enable_separate_cfg", "cfg_compute_first", "cfg_diff_compute_separate"),
+    *("enable_taylorseer", "enable_encoder_taylorseer"),
+)
+CHOICES = {
+    "steps_computation_policy": ("dynamic", "static"),
+    "force_refresh_step_policy": ("once", "repeat"),
+    "taylorseer_cache_type": ("residual", "hidden_states"),
+}
 
 
 def add_flags(parser) -> None:
@@ -67,13 +90,19 @@ def check(args) -> Verdict:
         cache, taylor = read_settings(path)
     except ValueError as error:
         return refused(f"--cache_dit_config {path}: {error}")
+    from utils.random_weights import configs_of
+
+    config = configs_of(args.checkpoint)["transformer"]
+    blocks = config["num_layers"] + config["num_single_layers"]
+    if problem := _blocks_problem(cache, blocks, args.checkpoint.name):
+        return refused(f"--cache_dit_config {path}: {problem}")
     return on(lossless=False, **cache, **({"taylorseer": taylor} if taylor else {}))
 
 
 def read_settings(path: str | Path) -> tuple[dict, dict]:
     """Read a settings file: DBCacheConfig's arguments, and TaylorSeer's or an empty dict.
 
-    Raises: ValueError in one line for an unreadable file, an unknown key or a wrong type.
+    Raises: ValueError in one line for an unreadable file, an unknown key or a value that cannot be.
     """
     import yaml
     from cache_dit import DBCacheConfig
@@ -85,11 +114,15 @@ def read_settings(path: str | Path) -> tuple[dict, dict]:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     found = found.get("cache_config", found) if isinstance(found, dict) else found
+    if found is None:
+        raise ValueError("the file is empty, expected keys and values as in cache_config.yaml")
     if not isinstance(found, dict):
         raise ValueError(f"found {type(found).__name__}, expected keys and values")
     found = {OLD_KEYS.get(key, key): value for key, value in found.items()}
     derivatives = found.pop("taylorseer_kwargs", None)
-    if isinstance(derivatives, dict):  # flux-fast: taylorseer_kwargs: {n_derivatives: 2}
+    if not isinstance(derivatives, dict | None):
+        raise ValueError(f"taylorseer_kwargs: found {derivatives!r}, expected keys and values")
+    if derivatives:  # flux-fast: taylorseer_kwargs: {n_derivatives: 2}
         found |= {OLD_TAYLOR.get(key, key): value for key, value in derivatives.items()}
     if found.pop("cache_type", "DBCache") != "DBCache":
         raise ValueError("cache_type: expected DBCache")
@@ -97,13 +130,40 @@ def read_settings(path: str | Path) -> tuple[dict, dict]:
     for key, value in found.items():
         if key not in known and key not in TAYLOR_KEYS:
             raise ValueError(f"unknown key {key} (expected {', '.join((*known, *TAYLOR_KEYS))})")
-        wanted = type(known.get(key))
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if wanted in (int, float) and not number:
-            raise ValueError(f"{key}: found {value!r}, expected a number")
+        optional = value is None and known.get(key, "") is None
+        if not optional and (expected := _expected(key, value)):
+            raise ValueError(f"{key}: found {value!r}, expected {expected}")
     taylor = {TAYLOR_KEYS[key]: value for key, value in found.items() if key in TAYLOR_KEYS}
     cache = {key: value for key, value in found.items() if key not in TAYLOR_KEYS}
     return cache, taylor if taylor.get("enable_calibrator") else {}
+
+
+def _expected(key: str, value) -> str:
+    """Say what a key's value should have been; "" if it is."""
+    if key in LEAST:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return "" if whole and value >= LEAST[key] else f"a whole number, {LEAST[key]} or more"
+    if key in THRESHOLDS:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return "" if number and 0 <= value < math.inf else "a number, 0 or more (such as 0.12)"
+    if key in SWITCHES:
+        return "" if isinstance(value, bool) else "true or false"
+    if key in CHOICES:
+        return "" if value in CHOICES[key] else " or ".join(CHOICES[key])
+    if key == "steps_computation_mask":
+        fits = isinstance(value, list) and value and all(step in (0, 1) for step in value)
+        return "" if fits else "a list of 1 (computed) and 0, such as [1, 1, 0, 1]"
+    return ""
+
+
+def _blocks_problem(cache: dict, blocks: int, name: str) -> str:
+    from cache_dit import DBCacheConfig
+
+    always = [cache.get(key, getattr(DBCacheConfig, key)) for key in ALWAYS]
+    if sum(always) < blocks:
+        return ""
+    found = " + ".join(f"{key} {value}" for key, value in zip(ALWAYS, always, strict=True))
+    return f"{found} is {sum(always)}, expected fewer than the {blocks} blocks of {name}"
 
 
 def apply(pipeline, args) -> None:
@@ -113,14 +173,10 @@ def apply(pipeline, args) -> None:
     from utils.errors import UserError
 
     cache, taylor = read_settings(args.cache_dit_config)
-    transformer = pipeline.transformer
+    transformer = pipeline.transformer  # of the hub perhaps with fewer blocks than published
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    always = [cache.get(key, getattr(cache_dit.DBCacheConfig, key)) for key in ALWAYS]
-    if sum(always) >= blocks:
-        raise UserError(
-            f"--cache_dit_config: {' + '.join(ALWAYS)} is {sum(always)}, expected fewer than the "
-            f"{blocks} blocks of {args.checkpoint.name}"
-        )
+    if problem := _blocks_problem(cache, blocks, args.checkpoint.name):
+        raise UserError(f"--cache_dit_config {args.cache_dit_config}: {problem}")
     # cache-dit patches the pipeline's class: with one of its own, other pipelines stay as they are
     plain = type(pipeline)
     pipeline.__class__ = type(plain.__name__, (plain,), {"__module__": plain.__module__})

@@ -147,7 +147,7 @@ def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     """
     import torch
 
-    from utils.artifacts import find, identity_of_run, no_cached_model
+    from utils.artifacts import damage, find, identity_of_run, no_cached_model
     from utils.errors import UserError
 
     identity = identity_of_run(args, compiler_options(args)) | _about(args)
@@ -156,6 +156,8 @@ def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     if package is None and args.use_cached_model:
         raise UserError(no_cached_model(lines))
     if package is None or args.force_export:
+        if package is None and (why := damage(root, identity, lines)):
+            say(NAME, why)
         return identity, True
     torch.compiler.load_cache_artifacts(package.files[STORED].read_bytes())
     say(NAME, f"loaded {package.name}, {package.size / 2**20:.1f} MiB, from {root}")

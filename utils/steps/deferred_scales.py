@@ -55,7 +55,7 @@ def check(args) -> Verdict:
             "export_aoti (it is the compiler that fuses the scales)"
         )
     for flag, expected in (("granularity", "row"), ("dtype", "float8")):
-        if (found := getattr(args, f"quant_{flag}")) != expected:
+        if (found := getattr(args, f"quant_{flag}")) not in (None, expected):
             return refused(
                 f"--deferred_scales: found --quant_{flag} {found}, expected {expected} (other "
                 "scales cost nothing, or cannot leave the product); leave out one of the two"

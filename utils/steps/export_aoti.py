@@ -259,10 +259,12 @@ class _Packages:
 
         start, forced = time.perf_counter(), self.args.force_export
         with artifacts.building(self.root, identity) as scratch:
-            package = self.find(component)[1]
+            _, package, lines = self.find(component)
             if package is not None and not forced:
                 return package
-            why = "--force_export" if forced else "no package of this call yet"
+            why = "--force_export"
+            if not forced:
+                why = artifacts.damage(self.root, identity, lines) or "no package of this call yet"
             say(NAME, f"{component.name}: {why}; minutes at full size, once")
             program = aoti.export(component)
             files, constants = aoti.compile_package(

@@ -50,7 +50,6 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--quant_dtype",
         choices=["float8", *BLOCK_FORMATS],
-        default="float8",
         help="numbers of the products; mxfp8 and nvfp4 need a Blackwell GPU and are unmeasured "
         "(default: float8)",
     )
@@ -111,7 +110,8 @@ def check(args) -> Verdict:
         return off("a GGUF's weights stay compressed; --gguf_mode dequantize lets float8 take over")
     if args.swap_loras:
         return off("--swap_loras: LoRAs beside the weights stay in the model's own dtype")
-    dtype, in_blocks = args.quant_dtype, args.quant_dtype in BLOCK_FORMATS
+    dtype = args.quant_dtype or "float8"
+    in_blocks = dtype in BLOCK_FORMATS
     for flag, value in (("granularity", "tensor"), ("filter", "all")):
         if in_blocks and getattr(args, f"quant_{flag}") == value:
             return refused(
@@ -119,6 +119,10 @@ def check(args) -> Verdict:
                 "block, the blocks' Linears only); leave one of the two out"
             )
     reason = lacking(args.machine, dtype)
+    if reason and args.quant_dtype:  # what was named and cannot run stops the run, as in fa3
+        return refused(
+            f"--quant_dtype {dtype}: {reason}; leave out --quant_dtype, or --disable_quant"
+        )
     if reason:
         return unavailable(reason)
     if str(args.dtype) == "torch.float32" and args.quant_granularity == "row":
