@@ -44,9 +44,9 @@ def test_importing_needs_no_torch():
 
 def test_rows_of_format_1_keep_their_table():
     slower = old_row() | {"quality": {"psnr_db_worst": 59.54, "latents_relative_l2": 5.6e-3}}
-    text = report.markdown("x.jsonl", [old_row(), slower], "results/")
+    text = report.markdown("x.jsonl", [old_row(), slower])
     assert text.startswith(
-        "NVIDIA H200, torch 2.13.0+cu130 ([results/x.jsonl](results/x.jsonl)); "
+        "NVIDIA H200, torch 2.13.0+cu130 ([x.jsonl](x.jsonl)); "
         "median (min-max) of one call:\n\n| command | seconds | ready after |"
     )
     first, second = lines_of(text, "| command")[2:]

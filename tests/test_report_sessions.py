@@ -7,6 +7,7 @@ from test_report import cells, lines_of
 from utils import report, report_plot
 from utils.report_details import facts
 from utils.report_series import series_of
+from utils.report_summary import summary
 
 
 def elsewhere(one: dict, **environment) -> dict:
@@ -49,3 +50,13 @@ def test_threads_and_load_stand_among_the_facts_where_rows_have_them():
     found = dict(facts([*old, *new]))
     assert (found["threads"], found["load when a row began"]) == ("2", "0.2-1.2")
     assert dict(facts(new[:1]))["load when a row began"] == "0.2"
+
+
+def test_the_summary_names_the_fastest_row_of_the_baselines_session():
+    eager, compiled = row("eager", 2.0), row("+ compile", 1.0)
+    alien = elsewhere(row("+ more", 0.5), commit="b" * 12)
+    table = summary({"x.jsonl": [eager, compiled, alien]})
+    (line,) = table.rows
+    assert line[2].endswith("n 10)") and line[3].startswith("+ compile: ")
+    assert line[4] == "2.00x" and len(line) == len(table.header)
+    assert not summary({"x.jsonl": [eager | {"failed": "no memory"}]}).rows

@@ -22,6 +22,8 @@ def tracked() -> list[Path]:
 
 def test_the_readmes_tables_are_those_of_the_code():
     assert readme.render(TEXT) == TEXT, "run: python -m utils.readme"
+    rows = readme.TABLES.read_text()
+    assert readme.render(rows, readme.ROWS) == rows, "run: python -m utils.report"
 
 
 def test_a_missing_marker_is_an_error():

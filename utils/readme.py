@@ -1,7 +1,7 @@
 """Write the README's tables from what they describe: python -m utils.readme
 
-That of starts is in docs/packages.md. Each stands between `<!-- NAME -->` and `<!-- /NAME -->`; a
-test fails when one is out of date.
+That of starts is in docs/packages.md, all that was measured in results/README.md. Each stands
+between `<!-- NAME -->` and `<!-- /NAME -->`; a test fails when one is out of date.
 """
 
 from argparse import Namespace
@@ -11,7 +11,7 @@ from utils import gguf_table, startup
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
-from utils.report import fill, measured
+from utils.report import TABLES, fill, measured, summed_up
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PACKAGES = README.parent / "docs" / "packages.md"
@@ -101,9 +101,10 @@ def hardware() -> str:
     return table(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
 
 
-SECTIONS = {"steps": steps, "hardware": hardware, "measured": measured}
+SECTIONS = {"steps": steps, "hardware": hardware, "measured": summed_up}
 STARTS = {"starts": startup.measured}
 FILES = {"gguf": gguf_table.rows}
+ROWS = {"measured": measured}
 
 
 def render(text: str, sections: dict | None = None, where: str = "README") -> str:
@@ -121,3 +122,4 @@ if __name__ == "__main__":
     README.write_text(render(README.read_text()))
     PACKAGES.write_text(render(PACKAGES.read_text(), STARTS, PACKAGES.name))
     MEMORY.write_text(render(MEMORY.read_text(), FILES, MEMORY.name))
+    TABLES.write_text(render(TABLES.read_text(), ROWS, "results/README.md"))

@@ -1,7 +1,8 @@
 """Render the measurements: python -m utils.report [--results FILE ...] [--out FOLDER]
 
 From results/<machine>.jsonl: Markdown tables, a plot per machine (PNG) and one HTML page. Without
-flags it renders the committed results: tables into the README, plots and page beside the results.
+flags it renders the committed results: a line per ladder into the README, every table into
+results/README.md, plots and page beside the results.
 """
 
 import os
@@ -14,9 +15,11 @@ from utils.errors import UserError, run_script
 from utils.report_page import page
 from utils.report_rows import ROOT, device, distinct, name, read
 from utils.report_series import Series, series_of
+from utils.report_summary import summary
 from utils.report_table import LEGEND, Code, Table, notes, table, title
 
 README, RESULTS = ROOT / "README.md", ROOT / "results"
+TABLES = RESULTS / "README.md"
 PAGE, MARKDOWN = "report.html", "report.md"
 
 
@@ -74,17 +77,17 @@ def plot(rows: list[dict]) -> bytes:
     return report_plot.to_png(report_plot.draw(panels))
 
 
-def markdown(file: str, rows: list[dict], folder: str = "") -> str:
-    """Write one machine's series as Markdown; `folder` is where a reader finds file and plot."""
+def markdown(file: str, rows: list[dict]) -> str:
+    """Write one machine's series as Markdown, file and plot beside it."""
     everything = series_of(rows)
     torch = "; ".join(distinct(rows, "environment", "versions", "torch")) or "?"
     parts = [
         f"{markdown_text(device(rows))}, torch {markdown_text(torch)} "
-        f"([{folder}{file}]({folder}{file})); median (min-max) of one call:"
+        f"([{file}]({file})); median (min-max) of one call:"
     ]
     if has_plot(rows):
         stem = Path(file).stem
-        parts.append(f"![seconds of every row of {stem}]({folder}{stem}.png)")
+        parts.append(f"![seconds of every row of {stem}]({stem}.png)")
     for series in everything:
         if len(everything) > 1 or series.kind != "single":
             parts.append(f"{markdown_text(title(series))}:")
@@ -120,9 +123,13 @@ def committed() -> list[Path]:
 
 
 def measured() -> str:
-    """List every committed row for the README: what was run, speed, quality and memory."""
-    parts = (markdown(file, rows, "results/") for file, rows in load(committed()).items())
-    return "\n\n".join(parts)
+    """List every committed row for results/README.md: what was run, speed, quality and memory."""
+    return "\n\n".join(markdown(file, rows) for file, rows in load(committed()).items())
+
+
+def summed_up() -> str:
+    """Give the README's table: a line per committed ladder."""
+    return markdown_table(summary(load(committed())))
 
 
 def write(path: Path, content: bytes) -> None:
@@ -150,7 +157,9 @@ def main() -> None:
     parser.add_argument(
         "--results", nargs="+", type=Path, metavar="JSONL", help="default: results/*.jsonl"
     )
-    parser.add_argument("--out", type=Path, help="default: results/, and the table in the README")
+    parser.add_argument(
+        "--out", type=Path, help="default: results/, and the tables in both README.md"
+    )
     args = parser.parse_args()
     results = load(args.results or committed())
     out = args.out or RESULTS
@@ -164,8 +173,9 @@ def main() -> None:
         write(out / file, content)
         print(f"{out / file}  {len(content) / 2**10:.0f} KiB")
     if not (args.results or args.out):
-        write(README, fill(README.read_text(), "measured", measured()).encode())
-        print(README)
+        for file, content in ((README, summed_up()), (TABLES, measured())):
+            write(file, fill(file.read_text(), "measured", content, file.name).encode())
+            print(file)
 
 
 if __name__ == "__main__":

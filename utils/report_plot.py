@@ -118,7 +118,7 @@ def _panel(drawing: Drawing, series: Series) -> None:
     labels = [shorten(bar.label, 240) for bar in rows]
     left = SIDE + max(font.getlength(label) for label in labels) + 12
     notes = [font.getlength(bar.note) for bar in timed]
-    right = WIDTH - SIDE - max(notes, default=0) - 10
+    right = WIDTH - SIDE - 1.12 * max(notes, default=0) - 10  # a browser's own font may be wider
     marks = ticks(max((max(bar.high, bar.floor or 0) for bar in timed), default=1.0))
     scale = (right - left) / marks[-1]
 
