@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,8 @@ def test_a_series_that_ends_early_ends_its_row_and_says_where_rows_are(
     while not process.stdout.readline().startswith("... eager"):
         assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait_for(lambda: "run_benchmark.py" in _words(children))
+    wait_for(lambda: "--pictures" in _words(children))  # a fork has its parent's words at first
+    time.sleep(1)  # until the parent waits for it
     (row,) = (int(pid) for pid in children.read_text().split())
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
