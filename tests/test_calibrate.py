@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 import sys
 
 import numpy
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import make_args
 
-from utils import calibrate, card, mask_file, quality
+from utils import calibrate, card, fit_mask, mask_file, quality
 from utils.errors import UserError
 from utils.pipeline_utils import load_pipeline, optimize, reused_steps
 from utils.reuse import MaskedForward
@@ -32,7 +33,7 @@ def trajectories(pictures=2, steps=8, size=40):
 
 def test_the_foretold_error_is_the_one_on_the_way():
     velocities, step_sizes = trajectories()
-    grams = torch.stack([calibrate.gram_of(list(v)) for v in velocities]).numpy()
+    grams = torch.stack([fit_mask.gram_of(list(v)) for v in velocities]).numpy()
     mask = numpy.array([c == "1" for c in "11010010"])
     mean, off, known = grams.mean(0), torch.zeros(2, 40).double(), []
     squared = torch.zeros(2).double()
@@ -41,22 +42,22 @@ def test_the_foretold_error_is_the_one_on_the_way():
             squared, known = squared + off.square().sum(1), [*known, step]
             continue
         last = known[-2:]
-        weights = calibrate.solve(mean[numpy.ix_(last, last)], mean[last, step])
+        weights = fit_mask.solve(mean[numpy.ix_(last, last)], mean[last, step])
         found = sum(w * velocities[:, k] for w, k in zip(weights, last, strict=True))
         off += step_sizes[step] * (found - velocities[:, step])
     expected = float((squared + off.square().sum(1)).log().mean())
-    assert calibrate.off_by(mask, grams, step_sizes) == pytest.approx(expected, rel=1e-9)
+    assert fit_mask.off_by(mask, grams, step_sizes) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("computed", [2, 4])
 def test_the_search_finds_what_trying_all_masks_finds(computed):
     velocities, step_sizes = trajectories()
-    grams = torch.stack([calibrate.gram_of(list(v)) for v in velocities]).numpy()
+    grams = torch.stack([fit_mask.gram_of(list(v)) for v in velocities]).numpy()
     errors = {}
     for chosen in itertools.combinations(range(1, 8), computed - 1):
         mask = numpy.isin(numpy.arange(8), (0, *chosen))
-        errors[tuple(mask)] = calibrate.off_by(mask, grams, step_sizes)
-    found = calibrate.search(grams, step_sizes, computed)
+        errors[tuple(mask)] = fit_mask.off_by(mask, grams, step_sizes)
+    found = fit_mask.search(grams, step_sizes, computed)
     assert found[0] and found.sum() == computed
     assert errors[tuple(found)] == min(errors.values()) < max(errors.values()) - 1
 
@@ -109,9 +110,9 @@ def test_an_edited_pictures_tokens_are_no_part_of_the_fit(tmp_path):
     argv = [*flags, "--max_sequence_length", "64", "--num_inference_steps", "5", "--computed", "3"]
     args = calibrate.settle(argv, calibrate.parser())
     pipeline = optimize(load_pipeline(args), args)
-    full, step_sizes = calibrate.record(pipeline, args)
+    full, step_sizes = fit_mask.record(pipeline, args)
     assert full.latents[0].shape == full.velocities[0].shape == (4, 64, 64)
-    mask, table, error = calibrate.fit(pipeline, args, full, step_sizes, 3)
+    mask, table, error = fit_mask.fit(pipeline, args, full, step_sizes, 3)
     assert mask.count("1") == 3 and len(table) == 2 and 0 < error < 0.1
     assert type(pipeline.masked) is MaskedForward  # nothing of the calibration stays
 
@@ -154,6 +155,11 @@ def test_files_of_other_runs_are_refused_in_one_line(calibrated, tmp_path, field
     with pytest.raises(UserError, match="--step_mask") as refusal:
         make_args(*SHORT, "--step_mask", edited(calibrated, tmp_path, **fields), *flags)
     assert expected in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
+def test_the_command_needs_no_torch_to_refuse_a_flag():
+    code = "import sys, utils.calibrate as c; c.parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_no_file_and_no_json_are_one_line(tmp_path):

@@ -106,3 +106,9 @@ def test_what_is_no_fault_of_the_user_keeps_its_trace(error):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not isinstance(error, UserError)
+
+
+def test_a_reader_that_leaves_early_gets_no_trace():
+    words = f"{sys.executable} run_benchmark.py --explain --ckpt tiny-dev | head -n 1"
+    done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr

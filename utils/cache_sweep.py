@@ -193,14 +193,14 @@ class Sweep:
 
     def _calibrated(self, point: Point) -> tuple[Point, dict]:
         """Fit a mask on prompts and seeds of the calibration's own; the full loop runs once."""
-        from utils import calibrate
+        from utils import calibrate, fit_mask
 
         args = copy.copy(self.args)
         args.prompt, args.seed = calibrate.prompts_of(args), args.seed + calibrate.SEED
-        self.recorded = self.recorded or calibrate.record(self.pipeline, args)
-        mask, table, _ = calibrate.fit(self.pipeline, args, *self.recorded, point.steps)
+        self.recorded = self.recorded or fit_mask.record(self.pipeline, args)
+        mask, table, _ = fit_mask.fit(self.pipeline, args, *self.recorded, point.steps)
         mask = tuple(computed == "1" for computed in mask)
-        return replace(point, mask=mask, order=calibrate.LAST - 1), table
+        return replace(point, mask=mask, order=fit_mask.LAST - 1), table
 
     def _dbcache(self, settings: dict) -> tuple:
         """Run DBCache eagerly: what it computes does not depend on a compiler."""

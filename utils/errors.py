@@ -1,5 +1,6 @@
 """The one exception that a user is meant to read, and how a script ends."""
 
+import os
 import signal
 import sys
 import threading
@@ -43,6 +44,9 @@ def run_script(main: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except BrokenPipeError:  # ... | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
         about = f": {error}" if str(error) else ""
