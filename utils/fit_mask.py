@@ -1,13 +1,13 @@
 """Find which steps to compute and what predicts the others, for one checkpoint's own weights.
 
-Three parts, on a few prompts in one batch (`python -m utils.calibrate`). The loop runs once with all
-of its steps and keeps its latents x and velocities v. Then the mask is searched without the model:
-whatever is predicted from computed steps by linear weights, the latents end off by a sum of those
-velocities, whose length follows from their Gram matrix (steps by steps), so a mask is judged in
-microseconds; computed steps are exchanged with others while that makes the latents' error on the way
-smaller. At last the loop runs with that mask, and at each predicted step the weights of the last two
-computed velocities are fitted by least squares to what leads back to the full loop's latents: errors
-of the steps before are part of it.
+Three parts, on a few prompts in one batch (`python -m utils.calibrate`). The loop runs once with
+all of its steps and keeps its latents x and velocities v. Then the mask is searched without the
+model: whatever is predicted from computed steps by linear weights, the latents end off by a sum
+of those velocities, whose length follows from their Gram matrix (steps by steps), so a mask is
+judged in microseconds; computed steps are exchanged with others while that makes the latents'
+error on the way smaller. At last the loop runs with that mask, and at each predicted step the
+weights of the last two computed velocities are fitted by least squares to what leads back to the
+full loop's latents: errors of the steps before are part of it.
 
 Source: linear multistep methods with coefficients fitted to a model's own trajectories, as S4S
 (arXiv:2502.17423) fits a solver's; here a step's cost is the forward, so the mask is chosen too.
