@@ -59,7 +59,7 @@ def worst_db(images, expected) -> float:
     ("model", "steps", "guidance", "tokens", "prompt"),
     [
         ("tiny-schnell", 4, None, 256, PROMPTS[0]),
-        ("tiny-dev", 28, 3.5, 512, PROMPTS[0]),
+        ("tiny-dev", 28, 3.5, 512, "a yellow star on a black background"),
         ("tiny-kontext", 28, 2.5, 512, EDITS[0]),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_series_that_ends_early_ends_its_row_and_says_where_rows_are(
     tmp_path, number, code, word
 ):
     path = report_pieces.write(tmp_path / "x.jsonl", [report_pieces.row()])
-    flags = ("--ladder", "--rows", "eager", "--device", "cpu", "--num_inference_steps", "5000")
+    flags = ("--ladder", "--rows", "eager", "--device", "cpu", "--num_inference_steps", "1000")
     command = [sys.executable, "run_benchmark.py", *flags, "--results", str(path)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

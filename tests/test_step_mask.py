@@ -207,6 +207,7 @@ def test_one_cuda_graph_serves_all_computed_steps():
     assert generate(plain, args)[0].tobytes() == first.tobytes()
 
 
+@pytest.mark.slow
 def test_compiled_whole_with_float8_and_no_recompilation(float8_on_cpu):
     flags = (*SHORT, *SOME, "--compile_export_mode", "compile")
     torch._dynamo.reset()
