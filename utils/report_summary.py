@@ -11,14 +11,15 @@ HEADER = (
 
 
 def fastest(series: Series) -> dict | None:
-    """Find the row that is furthest ahead of the baseline, among those of its session."""
-    timed = [(ratio(row, series.base), at) for at, row in enumerate(series.rows)]
-    timed = [pair for pair in timed if pair[0] is not None]
-    return series.rows[max(timed)[1]] if timed else None
+    """Find the row that is furthest ahead of the baseline; None for rows of several sessions."""
+    timed = [row for row in series.rows if not row.get("failed")]
+    if not timed or any(ratio(row, series.base) is None for row in timed):
+        return None
+    return max(timed, key=lambda row: ratio(row, series.base))
 
 
 def summary(results: dict[str, list[dict]]) -> Table:
-    """Give a line per ladder of every results file. `results`: file name to its rows"""
+    """Give a line per ladder that one session measured. `results`: file name to its rows"""
     lines = []
     for rows in results.values():
         for series in series_of(rows):
