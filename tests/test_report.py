@@ -207,7 +207,7 @@ def test_bars_are_those_of_the_ladder():
 def test_the_plot_is_the_same_every_time_and_not_blank():
     first = report.plot(ladder())
     assert first == report.plot(ladder())
-    image = Image.open(io.BytesIO(first))
+    image = Image.open(io.BytesIO(first)).convert("RGB")
     pixels = np.asarray(image)
     assert image.size[0] == 2 * report_plot.WIDTH
     for style in ("bar", "edge", "floor", "text"):
@@ -220,8 +220,8 @@ def test_the_plot_is_the_same_every_time_and_not_blank():
 def test_committed_plots_are_those_of_the_results():
     for file in report.committed():
         if report.has_plot(rows := report_rows.read(file)):
-            kept = np.asarray(Image.open(file.with_suffix(".png")))
-            made = np.asarray(Image.open(io.BytesIO(report.plot(rows))))
+            kept = np.asarray(Image.open(file.with_suffix(".png")).convert("RGB"))
+            made = np.asarray(Image.open(io.BytesIO(report.plot(rows))).convert("RGB"))
             assert np.array_equal(kept, made), "run: python -m utils.report"
 
 
