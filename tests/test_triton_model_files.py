@@ -74,14 +74,68 @@ class Asked:
         self.errors += [response.error] if response else []
 
 
-def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
+def _triton() -> SimpleNamespace:
+    """What Triton's own module has for answers."""
     triton = SimpleNamespace(
         TritonError=lambda words, code: words,
         InferenceResponse=lambda outputs, error=None: SimpleNamespace(error=error),
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
-    triton.TritonError.INVALID_ARG = triton.TritonError.INTERNAL = None
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    codes = ("INVALID_ARG", "INTERNAL", "UNAVAILABLE", "CANCELLED")
+    vars(triton.TritonError).update(dict.fromkeys(codes))
+    return triton
+
+
+@pytest.mark.parametrize(
+    ("ends", "outcome", "word"),
+    [
+        (None, "ok", None),
+        (TimeoutError("late"), "timeout", "late"),
+        (ValueError("no"), "failed", "no"),
+        ("Stopped", "cancelled", "gone"),
+        ("unsendable", "failed", "an array of objects"),
+    ],
+)
+def test_a_request_is_counted_and_its_place_free_before_its_answer(
+    monkeypatch, ends, outcome, word
+):
+    """Whoever has an answer can ask again, and read its count, at once."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
+    orchestrator, told, counted = _model("bls_orchestrator"), [], []
+
+    def make(*_) -> dict:
+        if ends == "Stopped":
+            raise orchestrator.Stopped("gone")
+        if isinstance(ends, Exception):
+            raise ends
+        return {"images": None} if ends == "unsendable" else {}
+
+    def tensors_of(tensors: dict) -> list:
+        if tensors:
+            raise TypeError("an array of objects")
+        return []
+
+    monkeypatch.setattr(orchestrator.calls, "tensors_of", tensors_of)
+    model = orchestrator.TritonPythonModel()
+    model.limits, model.lock, model.in_flight, model._make = requests.Limits(), Lock(), 1, make
+    model.metrics = SimpleNamespace(
+        waited=lambda seconds: None,
+        images=lambda count: counted.append(count),
+        request=lambda outcome: counted.append(outcome),
+    )
+
+    def send(response, flags: int) -> None:
+        told.append((model.in_flight, list(counted), response.error, flags))
+
+    model._serve(SimpleNamespace(images=3), SimpleNamespace(send=send), time.perf_counter())
+    ((places, counts, error, flags),) = told
+    assert (places, flags) == (0, 1)
+    assert counts == ([3, "ok"] if outcome == "ok" else [outcome])
+    assert (word is None and error is None) or word in error
+
+
+def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
     model = _model("dit_transformer").TritonPythonModel()
     model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
     model.running, model.cancelled = {}, set()

@@ -75,7 +75,8 @@ class TritonPythonModel:
                 inputs = parts.Inputs(request)
                 requests.refuse_parameters(request.parameters())
                 if inputs.value("ping", False):
-                    _send(sender, {"step": torch.zeros(1, dtype=torch.int32)}, last=True)
+                    pong = _response({"step": torch.zeros(1, dtype=torch.int32)})
+                    _send(sender, pong, last=True)
                     continue
                 wanted = requests.read(inputs, self.args, self.limits)
             except ValueError as error:
@@ -92,29 +93,32 @@ class TritonPythonModel:
 
     def _refuse(self, sender, error: Exception, code: str) -> None:
         self.metrics.request(code.lower())
-        _send(sender, error=parts.failure(error, code), last=True)
+        _send(sender, _response(error=parts.failure(error, code)), last=True)
 
     def _serve(self, wanted: requests.Wanted, sender, arrived: float) -> None:
         outcome = "ok"
         try:
             self.metrics.waited(time.perf_counter() - arrived)
-            self._make(wanted, sender, arrived + self.limits.timeout_s)
+            response = _response(self._make(wanted, sender, arrived + self.limits.timeout_s))
         except Stopped as error:
             outcome = "cancelled"
-            _send(sender, error=parts.failure(error, "CANCELLED"), last=True)
+            response = _response(error=parts.failure(error, "CANCELLED"))
         except TimeoutError as error:
             outcome = "timeout"
-            _send(sender, error=parts.failure(error, "UNAVAILABLE"), last=True)
+            response = _response(error=parts.failure(error, "UNAVAILABLE"))
         except Exception as error:
             outcome = "failed"
-            _send(sender, error=parts.failure(error), last=True)
-        finally:
-            with self.lock:
-                self.in_flight -= 1
-            self.metrics.request(outcome)
+            response = _response(error=parts.failure(error))
+        # Before the answer: whoever has it finds it counted, and his next request its place
+        with self.lock:
+            self.in_flight -= 1
+        if outcome == "ok":
+            self.metrics.images(wanted.images)
+        self.metrics.request(outcome)
+        _send(sender, response, last=True)
 
-    def _make(self, wanted: requests.Wanted, sender, deadline: float) -> None:
-        """Take one request from prompts to its last response."""
+    def _make(self, wanted: requests.Wanted, sender, deadline: float) -> dict:
+        """Take one request from prompts to the tensors of its last response."""
         with self.metrics.stage("prompt_encoding"):
             embeds, pooled = self._encode(wanted)
         with self.metrics.stage("denoising"):
@@ -131,9 +135,7 @@ class TritonPythonModel:
             ]
             pixels = torch.cat([call.result().cpu() for call in decoded])
         with self.metrics.stage("postprocessing"):
-            outputs = encoded(self.start.pipeline.image_processor, pixels, wanted.format)
-        self.metrics.images(wanted.images)
-        _send(sender, outputs, last=True)
+            return encoded(self.start.pipeline.image_processor, pixels, wanted.format)
 
     def _encode(self, wanted: requests.Wanted) -> tuple[list, list]:
         """Encode each prompt by itself, so that its bits do not depend on the others."""
@@ -205,7 +207,7 @@ class TritonPythonModel:
                 self.metrics.denoised(heard.step, **heard.numbers)
             if wanted.progress and min(steps) > told:
                 told = min(steps)
-                _send(sender, _progress(told, wanted.steps), last=False)
+                _send(sender, _response(_progress(told, wanted.steps)), last=False)
         return latents
 
     def finalize(self) -> None:
@@ -218,13 +220,16 @@ def _progress(step: int, steps: int) -> dict:
     return {name: torch.tensor([value], dtype=torch.int32) for name, value in numbers.items()}
 
 
-def _send(sender, tensors: dict | None = None, error=None, last: bool = False) -> None:
-    """Send one response."""
+def _response(tensors: dict | None = None, error=None):
     import triton_python_backend_utils as pb_utils
 
-    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-    response = pb_utils.InferenceResponse(calls.tensors_of(tensors or {}), error=error)
-    sender.send(response, flags=flags)
+    return pb_utils.InferenceResponse(calls.tensors_of(tensors or {}), error=error)
+
+
+def _send(sender, response, last: bool) -> None:
+    import triton_python_backend_utils as pb_utils
+
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
 
 
 def _denoising_job(image: int, inputs: dict, tell) -> None:
