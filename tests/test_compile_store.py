@@ -11,12 +11,13 @@ from utils.errors import UserError
 from utils.steps import compile, inductor_tuning_flags, on
 
 PARTS = SimpleNamespace(transformer="a transformer", vae=SimpleNamespace(decoder="a decoder"))
-CALL = {"prompt": ["x"], "num_images_per_prompt": 1, "max_sequence_length": 32}
+CALL = {"prompt": ["x"], "num_images_per_prompt": 1, "text_tokens": 32}
 
 
 def arguments(root, **changes):
     settings = {"compile_export_mode": "compile", "compile_scope": "blocks"}
     settings |= CALL | {"guidance_scale": None, "cache_dit_config": None}
+    settings |= {"drop_text_padding": False}
     return make_args(root, **(settings | changes))
 
 
@@ -48,13 +49,14 @@ def test_the_next_start_of_the_same_run_loads_it(stored):
     [
         ({"width": 32}, "call.size: found 16x16, expected 32x16", True),
         ({"prompt": ["x", "y"]}, "call.images: found 1, expected 2", True),
-        ({"max_sequence_length": 64}, "call.text_tokens: found 32, expected 64", True),
+        ({"text_tokens": 64}, "text_tokens: found 32, expected 64", True),
+        ({"text_tokens": 64, "drop_text_padding": True}, "text_tokens: found 32, exp", False),
         ({"guidance_scale": 3.5}, "call.guidance: found False, expected True", True),
         ({"compile_scope": "full"}, "scope: found blocks, expected full", True),
         ({"dtype": torch.bfloat16}, "dtype: found torch.float32, expected torch.bfloat16", True),
         ({"plan": {"quant": on(granularity="row")}}, "steps.quant.granularity: found noth", False),
     ],
-    ids=["size", "batch", "text", "guidance", "scope", "dtype", "steps"],
+    ids=["size", "batch", "text", "unpadded", "guidance", "scope", "dtype", "steps"],
 )
 def test_another_run_is_refused_by_field(stored, changes, field, early):
     root, _, loaded = stored

@@ -79,9 +79,10 @@ def check(args) -> Verdict:
 
     if problem := missing_compiler() or cache_problem(args.cache_dir) or flag_problem(args):
         return refused(problem)
-    if args.use_cached_model and (
-        lines := stored_problems(args, compiler_options(args), [_about(args)])
-    ):
+    about = _about(args)
+    if args.drop_text_padding:  # the prompt's own length is known with the tokenizer
+        del about["text_tokens"]
+    if args.use_cached_model and (lines := stored_problems(args, compiler_options(args), [about])):
         return refused(no_cached_model(lines))
     shapes = {"dynamic": True} if dynamic(args.machine) else {}
     return on(scope=args.compile_scope, fullgraph=True, **shapes, **compiler_mode(args))
@@ -133,10 +134,11 @@ def _about(args) -> dict:
     call = {
         "size": f"{args.width}x{args.height}",
         "images": len(args.prompt) * args.num_images_per_prompt,
-        "text_tokens": args.max_sequence_length,
         "guidance": args.guidance_scale is not None,
     }
-    return {"component": NAME, "scope": args.compile_scope, "call": call}
+    about = {"component": NAME, "scope": args.compile_scope, "call": call}
+    about["text_tokens"] = args.text_tokens
+    return about
 
 
 def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
