@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import make_args
 from PIL import Image
 
 from utils.images import save_images
+from utils.pipeline_utils import STEPS
 from utils.prompts import report_cut_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,11 @@ def test_gen_image_writes_one_picture_that_says_how_it_was_made(tmp_path):
     assert json.loads(about["versions"])["diffusers"]
     assert "on:  fused_projections" in done.stdout
     assert "off: quant                  unavailable: float8" in done.stdout
+    named, _, waiting = done.stdout.partition("\nnot asked for  ")
+    found = re.findall(r"(?m)^(?:on|off): +(\w+)", named)
+    flags = re.findall(r"--(\w+)", waiting)
+    assert len(found) + len(flags) == len(STEPS) and set(found) <= {s.NAME for s in STEPS}
+    assert "loop_graph" in flags and not {f"disable_{name}" for name in found} & set(flags)
 
 
 def test_gen_image_numbers_several_pictures(tmp_path):

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -184,11 +185,20 @@ def render(args) -> str:
             settings = " ".join(f"{key}={value}" for key, value in verdict.settings.items())
             loss = "" if verdict.lossless else "  [lossy]"
             lines.append(f"on:  {name:22s} {settings}{loss}".rstrip())
+    return "\n".join(lines + _steps_off(args))
+
+
+def _steps_off(args) -> list[str]:
+    """Give a line for each step that is off, with its reason; the flags that were not given."""
+    lines, flags = [], []
     for name, verdict in args.plan.items():
-        if not verdict.is_on:
+        if verdict.state == "off" and verdict.reason.startswith("no --"):
+            flags.append(verdict.reason.removeprefix("no "))
+        elif not verdict.is_on:
             state = "" if verdict.state == "off" else verdict.state + ": "
             lines.append(f"off: {name:22s} {state}{verdict.reason}")
-    return "\n".join(lines)
+    indent = {"initial_indent": "not asked for  ", "subsequent_indent": " " * 15}
+    return lines + textwrap.wrap(" ".join(flags), 98, break_on_hyphens=False, **indent)
 
 
 def _scheduler(args) -> list[str]:
