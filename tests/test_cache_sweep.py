@@ -123,3 +123,22 @@ def test_a_calibrated_mask_keeps_more_than_a_fixed_one_of_as_many_steps():
         assert len(fixed) >= 4 and worst[f"calibrated {computed}"] > max(fixed), computed
     assert worst["calibrated 8"] > worst["cache-dit's fast o1 g0.5"]
     assert worst["calibrated 12"] > worst["6/3 o1 g0.5"]
+
+
+def test_the_page_has_the_curves():
+    """Worst pictures by computed steps: the best of each kind."""
+    page, counts = (cache_sweep.ROOT / "docs/performance.md").read_text(), (6, 7, 8, 10, 12, 14, 16)
+    kinds = {
+        "calibrated": "calibrated mask",
+        "mask": "best fixed mask",
+        "fewer steps": "plain steps",
+    }
+    for name in ("tiny-dev", "tiny-kontext"):
+        path = cache_sweep.ROOT / "results" / "curves" / f"{name}.jsonl"
+        best = {}
+        for row in map(json.loads, path.read_text().splitlines()):
+            key = row["kind"], row["computed"]
+            best[key] = max(best.get(key, 0.0), row["quality"]["psnr_db_worst"])
+        for kind, words in kinds.items():
+            cells = [f"{best[kind, n]:.1f}" if (kind, n) in best else "-" for n in counts]
+            assert f"| {name}, {words} | {' | '.join(cells)} |" in page

@@ -1,7 +1,7 @@
 """Draw the curve of step caching, computed steps against PSNR: python -m utils.cache_sweep
 
 Every point is the run that the flags describe with some of its steps reused, compared with the same
-run that computes all of them, same prompts and seeds. Four kinds: a mask (`--step_mask`), DBCache
+run that computes all of them, same prompts and seeds. Five kinds: a mask (`--step_mask`), DBCache
 with its thresholds (`--cache_dit_config`, which decides by itself), DBCache with a mask's steps (to
 compare predicting the middle blocks' residual with predicting the whole output), masks calibrated
 on other prompts and seeds of the same weights (utils/calibrate.py), and simply fewer steps, which a

@@ -1,6 +1,6 @@
 """Drive huggingface/flux-fast from outside: its own optimize() on a pipeline that we built.
 
-The copy lies in `.peers/flux-fast`, ignored by git, at exactly one revision. Four places of its
+The copy lies in `.peers/flux-fast`, ignored by git, at exactly one revision. Five lines of its
 `utils/pipeline_utils.py` cannot work with what is published today; they are mended in a file beside
 it, in that copy alone, and everything else runs as it is written there: its unscaled float8
 attention, every Linear in float8 with one scale, Inductor's own CUDA graphs or its own.

@@ -9,7 +9,8 @@ single blocks' proj_out, 28 % of all the blocks' work, stays in. `--quant_granul
 --quant_filter all` is flux-fast's choice, for comparison.
 
 No blockwise scales (1x128, 128x128): emulated, their error is 0 to 10 % below one scale per row,
-and torchao multiplies them by a Triton kernel that takes half as long again as bf16 on an H100.
+and torchao multiplies them by a Triton kernel that takes half as long again as bf16 on an H100
+(torch's own product takes 0.6 of bf16's time: utils/kernel_bench/ has it).
 Source: pytorch/ao pull request 2784 (the kernel's time, by its authors).
 
 Blackwell (sm100 and newer) also multiplies numbers that share a scale in small blocks:
