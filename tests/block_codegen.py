@@ -17,7 +17,19 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from tests import emulation
-from tests.fused_kernel_codegen import ALL, IMG, TXT, C, D, H, count, generate, pretend_h200, tokens
+from tests.fused_kernel_codegen import (
+    ALL,
+    IMG,
+    TORCH,
+    TXT,
+    C,
+    D,
+    H,
+    count,
+    generate,
+    pretend_h200,
+    tokens,
+)
 
 BLOCKS = {"double": FluxTransformerBlock, "single": FluxSingleTransformerBlock}
 PRODUCTS = ("bf16", "float8", "deferred")  # the last: float8 with step deferred_scales
@@ -89,8 +101,8 @@ def main() -> None:
             if name == "deferred" and products == "bf16":
                 continue
             kernels, size = counted(program, values)
-            row = {"block": kind, "products": products, "limits": name, "kernels": kernels}
-            print(json.dumps(row | {"mb": round(size / 1e6)}), flush=True)
+            row = {"torch": TORCH, "block": kind, "products": products, "limits": name}
+            print(json.dumps(row | {"kernels": kernels, "mb": round(size / 1e6)}), flush=True)
 
 
 if __name__ == "__main__":

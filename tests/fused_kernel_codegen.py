@@ -1,6 +1,6 @@
 """What Inductor writes for an H200 between FLUX.1's products, on a machine without one.
 
-python -m tests.fused_kernel_codegen      prints one JSON line per place: kernels and bytes
+python -m tests.fused_kernel_codegen      prints one JSON line per place: kernels and bytes (MB)
 
 Each place is traced in plain torch as diffusers, the attention processor and torchao write it, and
 by our kernels; Inductor then generates its code for sm_90, which is read and never run. Bytes are
@@ -27,6 +27,7 @@ from utils.kernels.rotation import rotate_heads
 
 TXT, IMG, H, D, C = 512, 4096, 24, 128, 3072  # FLUX.1-dev, 1024x1024, one image
 ALL = TXT + IMG
+TORCH = torch.__version__.partition("+")[0]  # another one fuses otherwise
 SIZES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
@@ -107,6 +108,7 @@ def pretend_h200() -> None:
     import torch._dynamo.device_interface as interface
     import triton
     from torch._inductor.fx_passes import fuse_attention
+    from torch._subclasses import fake_tensor
     from triton.backends.compiler import GPUTarget
 
     properties = SimpleNamespace(
@@ -145,6 +147,7 @@ def pretend_h200() -> None:
     ):
         mock.patch.object(owner, name, staticmethod(lambda *_, answer=answer: answer)).start()
     mock.patch.object(fuse_attention, "_sfdp_init", lambda *_: None).start()  # allocates
+    mock.patch.object(fake_tensor, "init_gpu_context", lambda *_: None).start()  # so does it
     target = GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(
         SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0)
@@ -231,7 +234,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     pretend_h200()
     for place, (inputs, plain, ours) in PLACES.items():
-        row = {"place": place}
+        row = {"torch": TORCH, "place": place}
         for who, run in (("inductor", plain), ("ours", ours)):
             code = generate(run, inputs, on_cpu=who == "inductor")
             row[f"{who}_kernels"], size = count(code, inputs)

@@ -115,6 +115,20 @@ def test_compiled_for_hopper_without_spills(kernel, constants, warps, registers,
     assert int(re.search(r"Used (\d+) registers", said)[1]) <= registers, said
 
 
+def test_the_committed_counts_are_what_the_page_says():
+    text = (ROOT / "results" / "kernels" / "fused-kernel-codegen.jsonl").read_text()
+    rows, page = map(json.loads, text.splitlines()), (ROOT / "docs/performance.md").read_text()
+    cells = {}  # of a place: what Inductor of each torch does, and what our kernels do
+    for row in rows:
+        counted = [f"{row[f'{who}_kernels']}, {row[f'{who}_mb']}" for who in ("inductor", "ours")]
+        cells.setdefault(row["place"], []).append(counted)
+    names = {"norm + modulate, float8", "GELU, float8", "double block's heads, bf16"}
+    names |= {f"{kind} block's heads, float8" for kind in ("double", "single")}
+    for name in names:
+        (new, ours), (old, the_same) = cells[name]
+        assert ours == the_same and f"| {new} | {old} | {ours} |" in page, name
+
+
 @pytest.mark.slow
 def test_heads_take_fewer_kernels_and_bytes_than_inductors_own_code():
     rows = {row["place"]: row for row in lines_of("tests.fused_kernel_codegen")}
