@@ -30,9 +30,11 @@ pack() {
   [ -z "$(ls "$PICTURES")" ] || tar -czhf "$OUT/pictures.tar.gz" -C "$OUT" pictures
 }
 
+SPARE=0  # seconds that the rows so far have left of their limits: the next may need them to compile
+
 # row SECONDS NAME FLAGS...: one benchmark in a process of its own; its JSON line goes to rows.jsonl
 row() {
-  local limit=$1 name=$2 start=$SECONDS
+  local limit=$(($1 + SPARE)) name=$2 start=$SECONDS
   shift 2
   echo "=== $name: run_benchmark.py $*"
   if timeout -k 5 "$limit" python3 run_benchmark.py $FAST --results "$OUT/rows.jsonl" "$@" \
@@ -44,6 +46,7 @@ row() {
   fi
   cat "$MORE/last.txt" >>"$OUT/log.txt"
   pack
+  SPARE=$((limit > SECONDS - start ? limit - SECONDS + start : 0))
   echo "--- $((SECONDS - start)) s"
 }
 

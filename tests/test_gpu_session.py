@@ -32,18 +32,31 @@ def pretended(folder: Path, part: str) -> list[list[str]]:
     return [shlex.split(line) for line in log.read_text().splitlines()]
 
 
+def limits(ran: list[list[str]]) -> list[int]:
+    """Give the seconds of each command that has a limit."""
+    return [int(next(word for word in words[3:] if word.isdigit())) for words in ran]
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_fits_a_call_and_its_flags_are_known(part, tmp_path, monkeypatch):
     ran = [words for words in pretended(tmp_path, part) if words[0] == "timeout"]
-    limits = [int(next(word for word in words[3:] if word.isdigit())) for words in ran]
-    assert limits and sum(limits) <= CALL_S
-    for words in ran:
+    rows = others = 0
+    for words, limit in zip(ran, limits(ran), strict=True):
         script = words[words.index("python3") + 1 :]
-        if script[0] == "run_benchmark.py":
+        is_row = script[0] == "run_benchmark.py"
+        if is_row:
             monkeypatch.setattr(sys, "argv", script)
             args = run_benchmark.parse_arguments()
+            is_row = not args.series
             if args.series:
                 listed = {"ladder": series.ladder, "peers": series.beside}
                 series.choose(listed.get(args.series, series.leave_one_out)(args), args.rows)
+        rows, others = (limit, others) if is_row else (rows, others + limit)
+    assert 0 < rows + others <= CALL_S  # the last row has what those before it have left
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"gpu.txt", "more.tar.gz"}
     assert not (tmp_path / "out" / "pictures").exists()
+
+
+def test_a_row_has_what_those_before_it_have_left_of_their_limits(tmp_path):
+    ran = [words for words in pretended(tmp_path, "dev") if words[0] == "timeout"]
+    assert limits(ran) == [140, pytest.approx(370, abs=10), pytest.approx(570, abs=20)]
