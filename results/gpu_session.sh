@@ -72,7 +72,7 @@ correct() {
   local limit=$1
   shift
   timeout -s INT -k 20 "$limit" python3 -m pytest -m gpu -v --tb=short --durations=10 -n 4 \
-    --dist loadfile -p no:cacheprovider "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE " (PASSED|SKIPPED)" | tail -n 60
+    --dist worksteal -p no:cacheprovider "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE " (PASSED|SKIPPED)" | tail -n 60
 }
 
 # kernels SECONDS CASES FLAGS...: one by one; a process a call, so that a lost device loses no more
