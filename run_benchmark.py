@@ -98,7 +98,9 @@ def main() -> None:
         results.append(Path(args.results), [])
     with out_of_memory_explained(args):
         found, pipeline, result = row.measure_row(args)
-    print(row.render(found))
+    print(row.render(found), flush=True)
+    if args.results:  # before anything else may fail or be cut off
+        results.append(Path(args.results), [found])
     if args.trace_file:
         row.write_trace(Path(args.trace_file), lambda: generate(pipeline, args))
         print(f"trace       {args.trace_file}")
@@ -110,8 +112,6 @@ def main() -> None:
         from utils.images import save_images
 
         save_images(result.images, args, found["step_cache"])
-    if args.results:
-        results.append(Path(args.results), [found])
     print(json.dumps(found, ensure_ascii=False))
 
 

@@ -30,9 +30,11 @@ pack() {
   [ -z "$(ls "$PICTURES")" ] || tar -czhf "$OUT/pictures.tar.gz" -C "$OUT" pictures
 }
 
+SPARE=0  # seconds that the rows so far have left of their limits: the next may need them to compile
+
 # row SECONDS NAME FLAGS...: one benchmark in a process of its own; its JSON line goes to rows.jsonl
 row() {
-  local limit=$1 name=$2 start=$SECONDS
+  local limit=$(($1 + SPARE)) name=$2 start=$SECONDS
   shift 2
   echo "=== $name: run_benchmark.py $*"
   if timeout -k 5 "$limit" python3 run_benchmark.py $FAST --results "$OUT/rows.jsonl" "$@" \
@@ -44,6 +46,7 @@ row() {
   fi
   cat "$MORE/last.txt" >>"$OUT/log.txt"
   pack
+  SPARE=$((limit > SECONDS - start ? limit - SECONDS + start : 0))
   echo "--- $((SECONDS - start)) s"
 }
 
@@ -69,7 +72,7 @@ correct() {
   local limit=$1
   shift
   timeout -s INT -k 20 "$limit" python3 -m pytest -m gpu -v --tb=short --durations=10 -n 4 \
-    --dist loadfile -p no:cacheprovider "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE " (PASSED|SKIPPED)" | tail -n 60
+    --dist worksteal -p no:cacheprovider "$@" 2>&1 | tee -a "$OUT/pytest.txt" | grep -vE " (PASSED|SKIPPED)" | tail -n 60
 }
 
 # kernels SECONDS CASES FLAGS...: one by one; a process a call, so that a lost device loses no more
@@ -126,8 +129,8 @@ for part in "$@"; do
       series 560 --ladder $SCHNELL $FAST --compile_scope blocks --measure_ceilings \
         --rows eager,fused_projections,fa3,channels_last,quant,compile,inductor_tuning_flags ;;
     schnell-trace) # what stands between the default and its floor; the first row tunes kernels
-      row 420 fp8-blocks $SCHNELL $BLOCKS --kernel_table --trace-file "$MORE/schnell.json.gz"
-      row 150 lossless-blocks $SCHNELL --disable_quant $BLOCKS ;;
+      row 500 fp8-blocks $SCHNELL $BLOCKS --kernel_table --trace-file "$MORE/schnell.json.gz"
+      row 70 lossless-blocks $SCHNELL --disable_quant $BLOCKS ;;
     schnell-full) # what whole-graph compilation adds, and what it costs
       row 300 fp8-full $SCHNELL $FULL
       row 280 lossless-full $SCHNELL --disable_quant $FULL ;;
@@ -136,8 +139,8 @@ for part in "$@"; do
       row 120 fp8-aoti-warm $SCHNELL $AOTI --use-cached-model ;;
     dev)
       row 140 eager $DEV $EAGER --num_runs 5
-      row 230 fp8-blocks $DEV $BLOCKS --num_runs 5 --kernel_table
-      row 200 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5 ;;
+      row 290 fp8-blocks $DEV $BLOCKS --num_runs 5 --kernel_table
+      row 140 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5 ;;
     dev-cache) # compiled blocks without graphs, reused steps; the pattern stands in the row
       row 180 bf16-cache $DEV --disable_quant $CACHE --num_runs 5
       row 180 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$MORE/dev-cache.json.gz" ;;

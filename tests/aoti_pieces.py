@@ -87,7 +87,9 @@ def make_args(cache_dir, **changes):
         height=PIXELS,
         width=PIXELS,
     )
-    return SimpleNamespace(**(defaults | settings | changes))
+    settings |= changes
+    settings.setdefault("device", settings["machine"].device)
+    return SimpleNamespace(**(defaults | settings))
 
 
 def transformer_call(**changes):

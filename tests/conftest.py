@@ -104,6 +104,15 @@ def emulated(cpu_float8):
 
 
 @pytest.fixture
+def untuned(monkeypatch):
+    """Compile as on a CPU: on a GPU the search for the fastest code takes minutes a model."""
+    from utils.steps import compile, inductor_tuning_flags
+
+    monkeypatch.setattr(compile, "compiler_mode", lambda args: {})
+    monkeypatch.setitem(inductor_tuning_flags.FLAGS, "coordinate_descent_tuning", False)
+
+
+@pytest.fixture
 def as_machine(monkeypatch):
     """Give a function that makes the checks believe in another machine."""
     from utils import hardware

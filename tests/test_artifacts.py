@@ -4,8 +4,10 @@ import ast
 import hashlib
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aoti_pieces import make_args, transformer_call
@@ -15,6 +17,7 @@ from utils import aoti, artifacts
 from utils.artifacts import run
 from utils.artifacts.store import checksum
 from utils.errors import UserError
+from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.steps import export_aoti, on
 
@@ -248,6 +251,7 @@ OUTSIDE = {  # what the sources behind a package import without its changing the
     "loras": "reads files whose digests are in the manifest",
     "gguf_file": "reads the header of a file whose digest is in the manifest",
     "random_weights": "gives the config, whose shapes are in the manifest",
+    "work": "the same: what the config leaves out",
 }
 
 
@@ -284,6 +288,15 @@ def test_what_the_weights_come_from_is_in_the_fingerprint(tmp_path):
     args = make_args(tmp_path)
     assert run.weights_of_run(args) == {"name": "tiny", "weights": "sha256:1"}
     assert artifacts.identity_of_run(args, {})["checkpoint"] == run.weights_of_run(args)
+
+
+def test_a_gpu_and_its_driver_are_in_the_fingerprint(tmp_path, monkeypatch):
+    seen = "580.159, 700.00, 1980, 1980, 40"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=seen))
+    args = make_args(tmp_path, machine=Machine("cuda", "NVIDIA H200", (9, 0)))
+    identity = artifacts.identity_of_run(args, {})
+    assert identity["machine"]["name"] == "NVIDIA H200"
+    assert identity["versions"]["driver"] == "580.159"
 
 
 def test_check_refuses_a_cache_directory_that_cannot_be_made(tmp_path):

@@ -9,6 +9,8 @@ from utils import card, quality
 from utils.calls import only_known_calls
 from utils.errors import UserError
 from utils.pipeline_utils import generate, load_pipeline, optimize
+from utils.prepare import settle_call
+from utils.steps import cache_dit
 from utils.steps.cache_dit import last_call, read_settings
 
 FLUX_FAST = """
@@ -35,6 +37,17 @@ def test_an_older_file_is_translated(tmp_path):
     cache, taylor = read_settings(file)
     assert cache["max_warmup_steps"] == 0 and "warmup_steps" not in cache
     assert taylor["taylorseer_order"] == 2 and taylor["enable_calibrator"] is True
+
+
+@pytest.mark.parametrize(("blocks", "state"), [(56, "on"), (57, "refused")])
+def test_a_published_checkpoint_has_the_blocks_of_flux(blocks, state, roomy, tmp_path):
+    """Its config names what differs from diffusers' defaults alone."""
+    file = tmp_path / "cache.yaml"
+    file.write_text(f"Fn_compute_blocks: {blocks}")
+    dev = ("--ckpt", "black-forest-labs/FLUX.1-dev", "--random_weights")
+    args = make_args(*dev, "--device", "cpu", "--cache_dit_config", str(file), checks=False)
+    settle_call(args)
+    assert cache_dit.check(args).state == state
 
 
 def test_our_own_file_is_read_to_the_last_key():

@@ -183,10 +183,10 @@ class PretendedCuda:
         for name in ("stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1 + self.pools[-1]))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
         self.captures = SimpleNamespace(wait_stream=lambda other: None)
-        self.forgotten = []
+        self.forgotten, self.pools = [], [0]
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(
             torch._C,
@@ -205,6 +205,7 @@ class PretendedCuda:
 
     def graph(self, graph, pool, capture_error_mode):
         assert capture_error_mode == "thread_local"
+        self.pools.append(pool[1])
         capture = self.capture()
         capture.capture_stream = self.captures
         return capture
@@ -250,6 +251,7 @@ def test_a_failed_capture_says_why_and_leaves_its_stream(monkeypatch):
     assert cuda.forgotten == [(0, (0, 1))]  # the allocator waits for no end of it
     fn(torch.ones(3))
     assert fn.num_graphs == 1 and len(cuda.forgotten) == 1
+    assert cuda.pools == [0, 1, 2]  # the allocator of pinned memory refuses the first from now on
 
 
 def test_inference_mode_may_come_and_go():

@@ -317,7 +317,7 @@ def test_the_bar_counts_every_step(both, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("model", MODELS)
-def test_gpu_the_whole_loop_waits_for_nothing(model, picture, monkeypatch):
+def test_gpu_the_whole_loop_waits_for_nothing(model, picture, untuned, monkeypatch):
     image = ("--image", picture) if model == "tiny-kontext" else ()
     flags = ("--ckpt", model, *image, "--device", "cuda", "--disable_quant", *CALLS[0])
     plain = make_args(*flags, "--disable_fa3", "--compile_export_mode", "disabled")

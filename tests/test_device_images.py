@@ -211,9 +211,9 @@ def test_gpu_the_picture_waits_once():
 @gpu_only
 def test_gpu_pictures_of_calls_that_follow_one_another():
     """A pinned buffer that comes back is not the picture that was made from it."""
-    args = make_args("--ckpt", "tiny-schnell", "--device", "cuda", "--num_inference_steps", "1")
+    flags = ("--ckpt", "tiny-schnell", "--device", "cuda", "--num_inference_steps", "1")
+    args, other = make_args(*flags), make_args(*flags, "--seed", "5")
     pipeline = load_pipeline(args)
-    other = make_args("--device", "cuda", "--num_inference_steps", "1", "--seed", "5")
     calls = (args, other, args)
     expected = [generate(pipeline, call)[0] for call in calls]
     device_images.apply(pipeline, args)

@@ -12,7 +12,7 @@ from utils import peaks
 from utils.errors import UserError
 from utils.hardware import Machine, detect
 from utils.kernel_bench import __main__ as bench
-from utils.kernel_bench import attention, between, decoder, products, timing, trial
+from utils.kernel_bench import attention, between, decoder, products, text, timing, trial
 from utils.peaks import Peaks
 
 CPU = trial.Setting("cpu", trial.TINY, detect("cpu"))
@@ -137,6 +137,22 @@ def test_the_decoders_truth_is_cudnns_in_fp32():
     finally:
         hook.remove()
     assert seen == [(True, False)]
+
+
+@pytest.mark.parametrize("case", ["text/t5-16/graph", "text/clip-77/graph"])
+def test_a_captured_encoder_has_the_masks_of_its_warm_up(case, monkeypatch):
+    from transformers import masking_utils
+
+    asked, one = [], bench.choose(bench.all_cases(CPU), case)[0].make()
+    hook = text.encoder(CPU, case[5:].partition("-")[0]).register_forward_pre_hook(
+        lambda *_: asked.append(masking_utils.is_tracing(None))
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    try:
+        one.run(*one.draw(0))
+    finally:
+        hook.remove()
+    assert asked == [False]
 
 
 def test_a_wrong_or_failing_case_is_one_line_and_the_rest_goes_on():

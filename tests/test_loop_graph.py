@@ -238,7 +238,7 @@ def test_where_it_is_on_and_what_the_card_says(as_machine):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("mode", ["compile", "export_aoti"])
 @pytest.mark.parametrize("model", ["tiny-schnell", "tiny-dev"])
-def test_gpu_the_graph_of_the_loop_equals_a_graph_per_step(model, mode, tmp_path):
+def test_gpu_the_graph_of_the_loop_equals_a_graph_per_step(model, mode, untuned, tmp_path):
     """The same code and the same packages: to the bit, for calls that change in every input."""
     where = ("--compile_export_mode", mode, "--compile_scope", "blocks")
     where += ("--cache-dir", str(tmp_path / "packages"), "--disable_quant", "--modulation_once")
@@ -262,7 +262,7 @@ def test_gpu_the_graph_of_the_loop_equals_a_graph_per_step(model, mode, tmp_path
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_gpu_a_replay_waits_for_nothing():
+def test_gpu_a_replay_waits_for_nothing(untuned):
     flags = ("--ckpt", "tiny-dev", "--device", "cuda", *FLAGS, "--compile_scope", "blocks")
     args = make_args(*flags, "--compile_export_mode", "compile")
     torch._dynamo.reset()

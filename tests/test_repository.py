@@ -1,5 +1,6 @@
 """The repository keeps its promises: generated tables, one test command, a size that travels."""
 
+import ast
 import json
 import subprocess
 from pathlib import Path
@@ -64,3 +65,14 @@ def test_every_file_is_one_reading():
     for file in tracked():
         if file.suffix == ".py":
             assert len(file.read_text().splitlines()) <= 350, file
+
+
+def test_tests_on_a_gpu_name_their_checkpoint():
+    """Without one it is FLUX.1-schnell there, of which no weight is on a lent machine."""
+    for file in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_args"):
+                continue
+            words = {word.value for word in node.args if isinstance(word, ast.Constant)}
+            named = "--ckpt" in words or any(isinstance(word, ast.Starred) for word in node.args)
+            assert named or "cuda" not in words, f"{file.name}:{node.lineno}"

@@ -12,7 +12,7 @@ from utils import kernel_table, quality, reference, row
 from utils.benchmark_utils import Spread
 from utils.checkpoints import BUNDLED_DIR
 from utils.errors import UserError
-from utils.memory import weights_gib
+from utils.memory import add_graphs, weights_gib
 from utils.pipeline_utils import generate, load_pipeline
 from utils.prompts import QUALITY, quality_prompts
 from utils.report_rows import problem
@@ -220,6 +220,20 @@ def test_weights_are_counted_once(run):
     tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
     expected = sum(t.numel() * t.element_size() for t in tensors) / 2**30
     assert weights_gib(pipeline) == pytest.approx(expected, rel=0.01)
+
+
+def test_what_graphs_work_in_is_part_of_the_peak(monkeypatch):
+    """The allocator's own peak is that of what happens beside the replays."""
+
+    def segment(pool, total, allocated):
+        size = {"total_size": total * 2**20, "allocated_size": allocated * 2**20}
+        return {"segment_pool_id": pool, **size}
+
+    segments = [segment((0, 0), 2048, 512), segment((0, 1), 1024, 1), segment((7, 0), 512, 511)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    peaks = {"allocated_peak_gib": 30.0, "reserved_peak_gib": 33.5}
+    add_graphs(peaks)
+    assert peaks == {"allocated_peak_gib": 31.0, "reserved_peak_gib": 33.5}
 
 
 def test_every_checkpoint_has_eight_prompts_in_its_own_words():

@@ -116,6 +116,27 @@ def test_run_benchmark_reports_json_and_a_trace_with_its_regions(tmp_path):
         assert names.count(region) == count, region
 
 
+@pytest.mark.parametrize("flag", ["--trace-file", "--kernel_table"])
+def test_a_row_is_kept_before_anything_is_profiled(flag, tmp_path, monkeypatch):
+    """Profiling may fail, or be cut off, behind minutes of compilation."""
+    import run_benchmark
+    from utils import kernel_table, row
+
+    def failing(*_):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(row, "measure_row", lambda args: ({"command": "x"}, None, None))
+    monkeypatch.setattr(row, "render", lambda found: "")
+    monkeypatch.setattr(row, "write_trace", failing)
+    monkeypatch.setattr(kernel_table, "render", failing)
+    words = [flag, "trace.json"] if flag == "--trace-file" else [flag]
+    rows = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--results", str(rows), *words])
+    with pytest.raises(RuntimeError, match="no profiler"):
+        run_benchmark.main()
+    assert rows.read_text() == '{"command": "x"}\n'
+
+
 def test_a_trace_without_gz_is_plain_json(tmp_path):
     from utils.row import write_trace
 

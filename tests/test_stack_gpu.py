@@ -49,7 +49,7 @@ def test_mode_against_eager(mode, float8, eager, tmp_path):
 
 @pytest.mark.parametrize("mode", ["compile", "export_aoti"])
 @pytest.mark.parametrize("model", ["tiny-schnell", "tiny-dev", "tiny-kontext"])
-def test_calls_may_change(model, mode, tmp_path):
+def test_calls_may_change(model, mode, untuned, tmp_path):
     """Sizes, batches and guidance, each through graphs of its own; nothing new when repeated."""
     image = tmp_path / "in.png"
     render(Scene("circle", "red", "blue")).save(image)
@@ -73,7 +73,7 @@ def test_calls_may_change(model, mode, tmp_path):
             assert [i.tobytes() for i in again] == [i.tobytes() for i in images]
 
 
-def test_a_step_cache_repeats_itself():
+def test_a_step_cache_repeats_itself(untuned):
     args = make_args("--ckpt", "tiny-dev", "--device", "cuda", "--cache_dit_config", CACHE)
     torch._dynamo.reset()
     pipeline = optimize(load_pipeline(args), args)
@@ -87,7 +87,7 @@ def test_a_step_cache_repeats_itself():
     assert quality.psnr_db(first, generate(load_pipeline(plain), plain)[0]) > 25
 
 
-def test_a_package_is_reused_by_the_next_run(tmp_path):
+def test_a_package_is_reused_by_the_next_run(untuned, tmp_path):
     where = ("--compile_export_mode", "export_aoti", "--cache-dir", str(tmp_path / "packages"))
     first = make_args(*RUN, *where)
     expected = generate(optimize(load_pipeline(first), first), first)[0]
@@ -122,7 +122,7 @@ def test_persistent_tma_keeps_the_picture(float8, eager):
     assert psnr is None or psnr > (30 if float8 else 40)
 
 
-def test_the_denoising_loop_waits_for_nothing(eager):
+def test_the_denoising_loop_waits_for_nothing(eager, untuned):
     """No step of the compiled stack may make the host wait for the device."""
     args = make_args(*RUN, "--compile_export_mode", "compile", "--compile_scope", "blocks")
     torch._dynamo.reset()
@@ -141,7 +141,7 @@ def test_the_denoising_loop_waits_for_nothing(eager):
 
 
 @pytest.mark.parametrize("loop", [(), ("--modulation_once",)], ids=["stock", "own"])
-def test_a_step_mask_keeps_the_graph_and_waits_for_nothing(loop):
+def test_a_step_mask_keeps_the_graph_and_waits_for_nothing(loop, untuned):
     """One graph for all computed steps; predicting makes the host wait no more than computing."""
     flags = ("--ckpt", "tiny-dev", "--device", "cuda", *loop, "--compile_export_mode", "compile")
     args = make_args(*flags, "--step_mask", "fast")

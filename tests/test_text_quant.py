@@ -19,7 +19,7 @@ from utils.memory_tiers import GIB, TIERS, estimate
 from utils.pipeline_utils import generate, load_pipeline, optimize
 from utils.quality import psnr_db
 from utils.random_weights import T5_XXL
-from utils.steps import on, quant, text_quant
+from utils.steps import compile, on, quant, text_quant
 from utils.work import t5
 
 PROMPT = "a red circle on a blue background"
@@ -196,10 +196,18 @@ def test_two_layers_of_full_width(float8_on_cpu, outliers, least, most):
     assert least < relative_error(model(ids)[0], expected) < most
 
 
+def test_untuned_code_is_searched_for_nowhere(untuned):
+    args = make_args("--device", "cpu", "--compile_export_mode", "compile")
+    args.machine = H200
+    options = compile.compiler_options(args)
+    assert not any("autotune" in name for name in options)
+    assert options["coordinate_descent_tuning"] is False
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("flags", [(), ("--compile_text_encoders",)])
-def test_on_gpu(flags):
+def test_on_gpu(flags, untuned):
     from utils.hardware import detect
 
     if reason := quant.lacking(detect("cuda")):

@@ -53,6 +53,7 @@ def _forget_capture(pool) -> None:
     """End what a failed capture leaves open: torch raises before its allocator hears of the end.
 
     Otherwise every later capture of the process is refused (torch 2.11, CUDAGraph::capture_end).
+    The allocator of pinned memory cannot be told: it refuses this pool alone from then on.
     """
     with suppress(RuntimeError):  # it had heard
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
@@ -65,18 +66,20 @@ class CUDARecorder:
     """
 
     def __init__(self) -> None:
-        self.pool = None  # made at the first recording, so that importing touches no device
+        # One, made at the first recording, so that importing touches no device; another after each
+        # capture that failed
+        self.pools: list[tuple[int, int]] = []
 
     def record(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         """Warm up and capture on torch's one stream for captures, and return the replay.
 
         For each stream that it has seen, cuBLAS keeps a workspace: 32 MiB on Hopper.
         """
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        if not self.pools:
+            self.pools.append(torch.cuda.graph_pool_handle())
+        graph, pool = torch.cuda.CUDAGraph(), self.pools[-1]
         # Other threads of a server may allocate meanwhile
-        capture = torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
         stream = capture.capture_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # left after a failed capture too, which torch's own is not
@@ -86,7 +89,8 @@ class CUDARecorder:
                 with uncollected(), capture:  # waits for the device first
                     outputs = fn()  # held by replay(): a later capture cannot take their memory
             except Exception:
-                _forget_capture(self.pool)
+                _forget_capture(pool)
+                self.pools.append(torch.cuda.graph_pool_handle())
                 raise
 
         def replay() -> Any:
@@ -97,10 +101,10 @@ class CUDARecorder:
 
     def pool_bytes(self) -> int:
         """Sum up the device memory that the pool holds, shared by all graphs."""
-        if self.pool is None:
+        if not self.pools:
             return 0
         segments = torch.cuda.memory_snapshot()
-        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == self.pool)
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in self.pools)
 
 
 class GraphPool:

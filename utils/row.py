@@ -22,7 +22,7 @@ def measure_row(args) -> tuple[dict, object, object]:
     """
     from utils import card, cudagraph, peaks, peers, quality, quality_source, reference, roofline
     from utils.benchmark_utils import StageClock, annotate_pipeline, measure
-    from utils.memory import peak_memory, reset_peak_memory, weights_gib
+    from utils.memory import add_graphs, peak_memory, reset_peak_memory, weights_gib
     from utils.pipeline_utils import generate, reused_steps
     from utils.prepare import announce_and_load, prepare
     from utils.prompts import quality_prompts
@@ -56,6 +56,8 @@ def measure_row(args) -> tuple[dict, object, object]:
     )
     states.append(card.gpu_state(args))
     memory = {"weights_gib": weights_gib(pipeline), **peak_memory(args.device)}
+    if args.machine.device == "cuda":
+        add_graphs(memory)
     rates = peaks.datasheet(args.machine)
     if args.measure_ceilings:  # after the memory: a CPU's peak cannot be reset
         rates = peaks.measure_ceilings(args.device, args.dtype)

@@ -11,7 +11,7 @@ import torch
 from utils.kernel_bench.trial import Case, Setting, Trial, compilation, relative_l2
 from utils.layers import Precision, total
 from utils.random_weights import configs_of, filled
-from utils.steps.text_encoders import blocks
+from utils.steps.text_encoders import as_eager, blocks
 from utils.work import clip, t5
 
 BOUND = 0.05
@@ -36,7 +36,7 @@ def draw(setting: Setting, name: str, tokens: int, seed: int) -> tuple[torch.Ten
 
 def embed(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Give what FluxPipeline reads of an encoder: T5's tokens, CLIP's one vector."""
-    found = module(ids)
+    found = as_eager(module, ids)
     return getattr(found, "pooler_output", None) if "pooler_output" in found else found[0]
 
 

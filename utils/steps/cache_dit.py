@@ -91,8 +91,9 @@ def check(args) -> Verdict:
     except ValueError as error:
         return refused(f"--cache_dit_config {path}: {error}")
     from utils.random_weights import configs_of
+    from utils.work import TRANSFORMER
 
-    config = configs_of(args.checkpoint)["transformer"]
+    config = TRANSFORMER | configs_of(args.checkpoint)["transformer"]
     blocks = config["num_layers"] + config["num_single_layers"]
     if problem := _blocks_problem(cache, blocks, args.checkpoint.name):
         return refused(f"--cache_dit_config {path}: {problem}")

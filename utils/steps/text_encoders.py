@@ -81,8 +81,8 @@ def wrap(pipeline, pool) -> None:
         encoder.forward = _graphed(encoder.forward, name, pool)
 
 
-def _graphed(forward, name: str, pool):
-    """Graph the tensors alone: what comes out is a class that pytree does not look into.
+def as_eager(forward, *args, **kwargs):
+    """Call an encoder in a capture as outside of one.
 
     transformers 5.17 takes a capture for a trace, and then makes masks of ones where the warm-up
     had none: another kind of call, for which the blocks would be compiled inside of the capture.
@@ -91,16 +91,21 @@ def _graphed(forward, name: str, pool):
 
     from transformers.utils import import_utils
 
+    def no() -> bool:
+        return False
+
+    with patch.object(import_utils, "is_cuda_stream_capturing", no):
+        return forward(*args, **kwargs)
+
+
+def _graphed(forward, name: str, pool):
+    """Graph the tensors alone: what comes out is a class that pytree does not look into."""
     from utils.cudagraph import CUDAGraphWrapper
 
     kinds = []
 
-    def no() -> bool:
-        return False
-
     def tensors(*args, **kwargs) -> dict:
-        with patch.object(import_utils, "is_cuda_stream_capturing", no):
-            found = forward(*args, **kwargs)
+        found = as_eager(forward, *args, **kwargs)
         kinds[:] = [type(found)]
         return dict(found)
 
