@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from types import SimpleNamespace
@@ -134,37 +135,58 @@ def test_a_request_is_counted_and_its_place_free_before_its_answer(
     assert (word is None and error is None) or word in error
 
 
-def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
+@pytest.fixture
+def transformer(monkeypatch):
+    """Give the transformer's model over a velocity that waits for its gate; closed in the end."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
     model = _model("dit_transformer").TritonPythonModel()
     model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
-    model.running, model.cancelled = {}, set()
-    model.denoiser = Denoiser(Velocity(), (1, 2))
+    model.running, model.cancelled, model.stopped = {}, set(), deque(maxlen=2)
+    model.velocity = Velocity()
+    model.denoiser = Denoiser(model.velocity, (1, 2))
+    yield model
+    model.velocity.gate.set()
+    model.finalize()
 
-    def given(rows: int) -> dict:
-        return {
-            "latents": torch.zeros(rows, 1, 1),
-            "timestep": torch.ones(rows, 1),
-            "size": [[16, 16]] * rows,
-            "prompt_embeds": torch.zeros(rows, 1, 1),
-            "pooled_prompt_embeds": torch.zeros(rows, 1),
-            "job": b"a",
-        }
 
+def _given(rows: int = 1, job: bytes = b"a") -> dict:
+    return {
+        "latents": torch.zeros(rows, 1, 1),
+        "timestep": torch.ones(rows, 1),
+        "size": [[16, 16]] * rows,
+        "prompt_embeds": torch.zeros(rows, 1, 1),
+        "pooled_prompt_embeds": torch.zeros(rows, 1),
+        "job": job,
+    }
+
+
+def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(
+    transformer, monkeypatch
+):
     def full(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    unnamed, large, unlucky = Asked(cancel=True), Asked(**given(3)), Asked(**given(1))
-    model.execute([unnamed, large])
-    monkeypatch.setattr(model, "own", full)
-    model.execute([unlucky])
-    model.finalize()
+    unnamed, large, unlucky = Asked(cancel=True), Asked(**_given(3)), Asked(**_given())
+    transformer.execute([unnamed, large])
+    monkeypatch.setattr(transformer, "own", full)
+    transformer.execute([unlucky])
     assert unnamed.errors == [
         "INVALID_ARGUMENT: job: found nothing, expected the name of the job to cancel"
     ]
     assert large.errors == ["INVALID_ARGUMENT: latents: found 3 rows, expected at most 2"]
     assert unlucky.errors == ["INTERNAL: CUDA out of memory"]
-    assert model.running == {} and not model.cancelled
+    assert transformer.running == {} and not transformer.cancelled
+
+
+def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
+    """The orchestrator's calls run in threads; only the newest names are kept."""
+    cancel = [Asked(job=name, cancel=True) for name in (b"a", b"b")]
+    late, other = Asked(**_given()), Asked(**_given(job=b"c"))
+    transformer.execute([*cancel, late, other])
+    assert late.errors == ["CANCELLED: cancelled before it came"]
+    assert other.errors == [] and transformer.running == {"c": 1}
+    transformer.execute([Asked(job=b"d", cancel=True), again := Asked(**_given())])
+    assert again.errors == []
 
 
 def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):

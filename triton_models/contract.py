@@ -35,7 +35,7 @@ MEANING = {
     "size": "height and width in pixels, multiples of 16",
     "progress": "an answer after every step as well",
     "job": "a name to cancel it by",
-    "cancel": "stop the job of this name; nothing else is read",
+    "cancel": "stop the jobs of this name, those that come later too; nothing else is read",
     "noise_pred": "the velocity of one step, in the latents' shape",
     "step": "steps taken so far",
     "steps": "steps in all",

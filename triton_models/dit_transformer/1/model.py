@@ -19,6 +19,7 @@ itself against FluxPipeline.
 
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -29,6 +30,8 @@ from triton_models import parts
 from triton_models.components import Transformer
 from triton_models.denoiser import Cancelled, Denoiser, Job
 from triton_models.requests import MAX_SEQUENCE_LENGTH, Limits, size_problem
+
+REMEMBERED = 1024  # names of cancelled jobs: a cancellation may overtake its job
 
 
 def problems_of(inputs: parts.Inputs, guided: bool) -> str:
@@ -62,7 +65,8 @@ class TritonPythonModel:
         sizes = parts.batch_sizes(values)
         self.transformer = Transformer(args, sizes)
         self.denoiser = Denoiser(self.transformer, sizes)
-        self.cancelled: set[str] = set()
+        self.cancelled: set[str] = set()  # of those that run
+        self.stopped: deque[str] = deque(maxlen=REMEMBERED)
         self.running: dict[str, int] = {}
         self.lock = threading.Lock()
 
@@ -72,7 +76,7 @@ class TritonPythonModel:
             try:
                 self._take(parts.Inputs(request), sender)
             except Exception as error:
-                code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else "INTERNAL"
+                code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else _code(error)
                 _reply(sender, error=parts.failure(error, code))
 
     def own(self, inputs: parts.Inputs, name: str):
@@ -86,6 +90,7 @@ class TritonPythonModel:
             if not name:  # jobs without a name are nobody's to stop
                 raise ValueError("job: found nothing, expected the name of the job to cancel")
             with self.lock:
+                self.stopped.append(name)
                 if name in self.running:
                     self.cancelled.add(name)
             _reply(sender)
@@ -113,8 +118,7 @@ class TritonPythonModel:
                     del self.running[name]
                     self.cancelled.discard(name)
             if error is not None:
-                code = "CANCELLED" if isinstance(error, Cancelled) else "INTERNAL"
-                _reply(sender, error=parts.failure(error, code))
+                _reply(sender, error=parts.failure(error, _code(error)))
                 return
             mean = sum(job.batches) / len(job.batches)
             _reply(
@@ -142,11 +146,17 @@ class TritonPythonModel:
             is_cancelled=lambda: name in self.cancelled,
         )
         with self.lock:  # done() waits for it
+            if name in self.stopped:
+                raise Cancelled("cancelled before it came")
             self.denoiser.submit(job)
             self.running[name] = self.running.get(name, 0) + 1
 
     def finalize(self) -> None:
         self.denoiser.close()
+
+
+def _code(error: Exception) -> str:
+    return "CANCELLED" if isinstance(error, Cancelled) else "INTERNAL"
 
 
 def _column(job: Job, value: float, dtype: torch.dtype) -> torch.Tensor:
