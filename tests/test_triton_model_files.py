@@ -189,6 +189,32 @@ def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
     assert again.errors == []
 
 
+class OnGpu:
+    """Stands for a tensor of a GPU, whose copies are made later: says in `told` what is asked."""
+
+    is_cuda, device = True, "cuda:0"
+
+    def __init__(self, told: list) -> None:
+        self.told = told
+
+    def to(self, device: str, copy: bool) -> torch.Tensor:
+        self.told.append(("copy", device, copy))
+        return torch.zeros(1)
+
+
+def test_what_a_gpu_copies_is_waited_for_before_its_source_goes(transformer, monkeypatch):
+    """Triton gives the input's memory to another request as soon as execute() returns."""
+    told: list = []
+    stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    given = {"latents": OnGpu(told), "timestep": torch.ones(1)}
+    inputs = SimpleNamespace(tensor=given.get)
+    assert transformer.own(inputs, "latents") is not None
+    assert told == [("copy", "cpu", True), "waited"]
+    assert transformer.own(inputs, "timestep").data_ptr() != given["timestep"].data_ptr()
+    assert transformer.own(inputs, "guidance") is None and told[2:] == []
+
+
 def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):
     health, gate = _model("deep_health"), threading.Event()
     answers = {"one": torch.zeros(1), "two": torch.full((1,), float("nan"))}

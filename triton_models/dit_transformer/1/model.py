@@ -82,7 +82,12 @@ class TritonPythonModel:
     def own(self, inputs: parts.Inputs, name: str):
         """Give a tensor that outlives execute(), after which Triton takes its memory back."""
         tensor = inputs.tensor(name)
-        return None if tensor is None else tensor.to(self.device, copy=True)
+        if tensor is None:
+            return None
+        own = tensor.to(self.device, copy=True)
+        if tensor.is_cuda:  # the copy is only queued, behind the forwards of others
+            torch.cuda.current_stream(tensor.device).synchronize()
+        return own
 
     def _take(self, inputs: parts.Inputs, sender) -> None:
         name = inputs.value("job", b"").decode()
