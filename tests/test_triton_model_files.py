@@ -1,5 +1,6 @@
 """The models' own files without a server: whose fault an error is, cancellation, health of all."""
 
+import contextlib
 import importlib.util
 import sys
 import threading
@@ -125,14 +126,60 @@ def test_a_request_is_counted_and_its_place_free_before_its_answer(
         request=lambda outcome: counted.append(outcome),
     )
 
-    def send(response, flags: int) -> None:
-        told.append((model.in_flight, list(counted), response.error, flags))
+    def send(response=None, flags: int = 0) -> None:
+        told.append((model.in_flight, list(counted), response and response.error, flags))
 
     model._serve(SimpleNamespace(images=3), SimpleNamespace(send=send), time.perf_counter())
-    ((places, counts, error, flags),) = told
+    (places, counts, error, _), *_, (*_, flags) = told
     assert (places, flags) == (0, 1)
     assert counts == ([3, "ok"] if outcome == "ok" else [outcome])
     assert (word is None and error is None) or word in error
+
+
+class Sender:
+    """Triton's: given the final flag it takes nothing more, sent or not. Answers can be too big."""
+
+    def __init__(self, room: bool) -> None:
+        self.room, self.closed, self.errors, self.sent = room, False, [], 0
+
+    def send(self, response=None, flags: int = 0) -> None:
+        if self.closed:
+            raise RuntimeError("Response sender has been closed")
+        self.closed = bool(flags)
+        if response and response.error is None and not self.room:
+            raise RuntimeError("no shared memory")
+        self.sent += response is not None
+        self.errors += [response.error] if response and response.error else []
+
+
+@pytest.mark.parametrize("counter_fails", [False, True])
+@pytest.mark.parametrize("room", [True, False])
+def test_every_request_is_answered_and_ended(monkeypatch, room, counter_fails):
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
+    orchestrator, sender = _model("bls_orchestrator"), Sender(room)
+
+    def counted(*_) -> None:
+        if counter_fails:
+            raise RuntimeError("a counter is gone")
+
+    model = orchestrator.TritonPythonModel()
+    model.limits, model.lock, model.in_flight = requests.Limits(), Lock(), 1
+    model._make = lambda *_: {}
+    model.metrics = SimpleNamespace(waited=lambda s: None, images=lambda n: None, request=counted)
+    with contextlib.suppress(RuntimeError):
+        model._serve(SimpleNamespace(images=1), sender, time.perf_counter())
+    assert sender.closed and sender.sent == 1 and model.in_flight == 0
+    assert sender.errors == ([] if room else ["INTERNAL: no shared memory"])
+
+
+def test_a_job_that_ends_without_latents_is_an_error(monkeypatch):
+    """Its request would wait for them until its time is up."""
+    orchestrator, told = _model("bls_orchestrator"), []
+    monkeypatch.setattr(orchestrator.calls, "responses", lambda *_: [])
+    orchestrator._denoising_job(3, {}, told.append)
+    assert [(one.image, str(one.error)) for one in told] == [
+        (3, "dit_transformer: ended without latents")
+    ]
 
 
 @pytest.fixture
@@ -187,6 +234,23 @@ def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
     assert other.errors == [] and transformer.running == {"c": 1}
     transformer.execute([Asked(job=b"d", cancel=True), again := Asked(**_given())])
     assert again.errors == []
+
+
+@pytest.mark.parametrize("failing", ["making", "sending"])
+def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, failing):
+    sender = Sender(room=failing == "making")
+
+    def outgoing(name: str, tensor):
+        if failing == "making":
+            raise RuntimeError("CUDA error")
+        return name
+
+    monkeypatch.setattr(parts, "outgoing", outgoing)
+    transformer.denoiser.forward = lambda **inputs: inputs["latents"]
+    transformer._take(parts.Inputs(Asked(**_given())), sender)
+    transformer.denoiser.close()
+    words = {"making": "CUDA error", "sending": "no shared memory"}[failing]
+    assert (sender.errors, sender.closed) == ([f"INTERNAL: {words}"], True)
 
 
 class OnGpu:

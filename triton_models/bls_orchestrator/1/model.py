@@ -109,13 +109,17 @@ class TritonPythonModel:
         except Exception as error:
             outcome = "failed"
             response = _response(error=parts.failure(error))
-        # Before the answer: whoever has it finds it counted, and his next request its place
-        with self.lock:
-            self.in_flight -= 1
-        if outcome == "ok":
-            self.metrics.images(wanted.images)
-        self.metrics.request(outcome)
-        _send(sender, response, last=True)
+        try:  # before the answer: whoever has it finds it counted, and his next request its place
+            with self.lock:
+                self.in_flight -= 1
+            if outcome == "ok":
+                self.metrics.images(wanted.images)
+            self.metrics.request(outcome)
+        finally:  # whatever became of the counters: without an answer the client waits for ever
+            if outcome == "ok":
+                parts.send_last(sender, response)
+            else:
+                _send(sender, response, last=True)
 
     def _make(self, wanted: requests.Wanted, sender, deadline: float) -> dict:
         """Take one request from prompts to the tensors of its last response."""
@@ -238,6 +242,7 @@ def _denoising_job(image: int, inputs: dict, tell) -> None:
     def number(found: dict, name: str) -> float:
         return found[name].as_numpy().reshape(-1)[0].item()
 
+    latents = None
     try:
         for found in calls.responses("dit_transformer", inputs, JOB_OUTPUTS):
             step = number(found, "step")
@@ -246,6 +251,8 @@ def _denoising_job(image: int, inputs: dict, tell) -> None:
                 continue
             latents = torch.from_dlpack(found["latents"].to_dlpack())
             tell(News(image, step, latents, {name: number(found, name) for name in JOB_NUMBERS}))
+        if latents is None:
+            raise RuntimeError("dit_transformer: ended without latents")
     except Exception as error:
         tell(News(image, error=error))
 

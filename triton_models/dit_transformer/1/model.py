@@ -110,11 +110,7 @@ class TritonPythonModel:
 
         def after_step(job: Job) -> None:
             if progress:
-                _reply(
-                    sender,
-                    {"step": _column(job, job.step, torch.int32)},
-                    last=False,
-                )
+                sender.send(_response({"step": _column(job, job.step, torch.int32)}))
 
         def done(job: Job, error: Exception | None) -> None:
             with self.lock:
@@ -122,20 +118,15 @@ class TritonPythonModel:
                 if not self.running[name]:
                     del self.running[name]
                     self.cancelled.discard(name)
-            if error is not None:
+            if error is None:
+                try:
+                    response = _response(_answer(job))
+                except Exception as failed:  # a GPU says here what went wrong in the forward
+                    error = failed
+            if error is None:
+                parts.send_last(sender, response)
+            else:
                 _reply(sender, error=parts.failure(error, _code(error)))
-                return
-            mean = sum(job.batches) / len(job.batches)
-            _reply(
-                sender,
-                {
-                    "noise_pred" if job.lengths is None else "latents": job.latents,
-                    "step": _column(job, job.step, torch.int32),
-                    "mean_batch": _column(job, mean, torch.float32),
-                    "forward_s": _column(job, job.forward_s, torch.float32),
-                    "queue_s": _column(job, job.queue_s, torch.float32),
-                },
-            )
 
         job = Job(
             here("latents"),
@@ -164,20 +155,33 @@ def _code(error: Exception) -> str:
     return "CANCELLED" if isinstance(error, Cancelled) else "INTERNAL"
 
 
+def _answer(job: Job) -> dict:
+    return {
+        "noise_pred" if job.lengths is None else "latents": job.latents,
+        "step": _column(job, job.step, torch.int32),
+        "mean_batch": _column(job, sum(job.batches) / len(job.batches), torch.float32),
+        "forward_s": _column(job, job.forward_s, torch.float32),
+        "queue_s": _column(job, job.queue_s, torch.float32),
+    }
+
+
 def _column(job: Job, value: float, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((job.rows, 1), value, dtype=dtype)
 
 
-def _reply(sender, tensors: dict | None = None, error=None, last: bool = True) -> None:
-    """Send one response; the last one also closes the request."""
+def _response(tensors: dict | None = None, error=None):
     import triton_python_backend_utils as pb_utils
 
     outputs = [parts.outgoing(name, tensor) for name, tensor in (tensors or {}).items()]
-    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-    if not outputs and error is None:
-        sender.send(flags=flags)
-        return
-    sender.send(pb_utils.InferenceResponse(outputs, error=error), flags=flags)
+    return pb_utils.InferenceResponse(outputs, error=error)
+
+
+def _reply(sender, error=None) -> None:
+    """Close a request, with an error or nothing."""
+    import triton_python_backend_utils as pb_utils
+
+    response = {} if error is None else {"response": _response(error=error)}
+    sender.send(**response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 if __name__ == "__main__":
