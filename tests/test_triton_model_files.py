@@ -1,12 +1,10 @@
-"""The models' own files without a server: whose fault an error is, cancellation, health of all."""
+"""The other models' own files without a server: whose fault an error is, cancellation, health."""
 
-import contextlib
 import importlib.util
 import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from types import SimpleNamespace
 
@@ -14,45 +12,17 @@ import numpy as np
 import pytest
 import torch
 from test_triton_denoiser import Velocity
-from test_triton_parts import Given
 
-from triton_models import parts, repository, requests
+from triton_models import parts, repository
 from triton_models.denoiser import Denoiser
 
 
-def _model(name: str):
+def model_of(name: str):
     """Import a served model's own file."""
     spec = importlib.util.spec_from_file_location(name, repository.HERE / name / "1" / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(monkeypatch):
-    """The transformer does not know them yet, so that their name stops nothing."""
-    args = parts.settings(["--ckpt", "tiny-dev", "--device", "cpu"])
-    orchestrator, begun, gate = _model("bls_orchestrator"), [], threading.Event()
-
-    def job(image: int, inputs: dict, tell) -> None:
-        begun.append(image)
-        gate.wait(10)
-
-    def cancel(name: str) -> None:
-        gate.set()
-        raise RuntimeError("dit_transformer: its stub is dead")
-
-    monkeypatch.setattr(orchestrator, "_denoising_job", job)
-    monkeypatch.setattr(orchestrator.calls, "cancel", cancel)
-    model = orchestrator.TritonPythonModel()
-    model.start, model.callers = orchestrator.Start(args), ThreadPoolExecutor(1)
-    model.limits = requests.Limits()
-    given = Given(prompt=[b"a"], num_images_per_prompt=4, num_inference_steps=1)
-    wanted = requests.read(given, args, model.limits)
-    left = SimpleNamespace(is_cancelled=lambda: bool(begun))
-    with pytest.raises(orchestrator.Stopped):
-        model._denoise(wanted, [None], [None], left, time.perf_counter() + 60)
-    model.callers.shutdown()
-    assert begun == [0]
 
 
 class Asked:
@@ -76,7 +46,7 @@ class Asked:
         self.errors += [response.error] if response else []
 
 
-def _triton() -> SimpleNamespace:
+def triton_module() -> SimpleNamespace:
     """What Triton's own module has for answers."""
     triton = SimpleNamespace(
         TritonError=lambda words, code: words,
@@ -86,54 +56,6 @@ def _triton() -> SimpleNamespace:
     codes = ("INVALID_ARG", "INTERNAL", "UNAVAILABLE", "CANCELLED")
     vars(triton.TritonError).update(dict.fromkeys(codes))
     return triton
-
-
-@pytest.mark.parametrize(
-    ("ends", "outcome", "word"),
-    [
-        (None, "ok", None),
-        (TimeoutError("late"), "timeout", "late"),
-        (ValueError("no"), "failed", "no"),
-        ("Stopped", "cancelled", "gone"),
-        ("unsendable", "failed", "an array of objects"),
-    ],
-)
-def test_a_request_is_counted_and_its_place_free_before_its_answer(
-    monkeypatch, ends, outcome, word
-):
-    """Whoever has an answer can ask again, and read its count, at once."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
-    orchestrator, told, counted = _model("bls_orchestrator"), [], []
-
-    def make(*_) -> dict:
-        if ends == "Stopped":
-            raise orchestrator.Stopped("gone")
-        if isinstance(ends, Exception):
-            raise ends
-        return {"images": None} if ends == "unsendable" else {}
-
-    def tensors_of(tensors: dict) -> list:
-        if tensors:
-            raise TypeError("an array of objects")
-        return []
-
-    monkeypatch.setattr(orchestrator.calls, "tensors_of", tensors_of)
-    model = orchestrator.TritonPythonModel()
-    model.limits, model.lock, model.in_flight, model._make = requests.Limits(), Lock(), 1, make
-    model.metrics = SimpleNamespace(
-        waited=lambda seconds: None,
-        images=lambda count: counted.append(count),
-        request=lambda outcome: counted.append(outcome),
-    )
-
-    def send(response=None, flags: int = 0) -> None:
-        told.append((model.in_flight, list(counted), response and response.error, flags))
-
-    model._serve(SimpleNamespace(images=3), SimpleNamespace(send=send), time.perf_counter())
-    (places, counts, error, _), *_, (*_, flags) = told
-    assert (places, flags) == (0, 1)
-    assert counts == ([3, "ok"] if outcome == "ok" else [outcome])
-    assert (word is None and error is None) or word in error
 
 
 class Sender:
@@ -152,41 +74,11 @@ class Sender:
         self.errors += [response.error] if response and response.error else []
 
 
-@pytest.mark.parametrize("counter_fails", [False, True])
-@pytest.mark.parametrize("room", [True, False])
-def test_every_request_is_answered_and_ended(monkeypatch, room, counter_fails):
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
-    orchestrator, sender = _model("bls_orchestrator"), Sender(room)
-
-    def counted(*_) -> None:
-        if counter_fails:
-            raise RuntimeError("a counter is gone")
-
-    model = orchestrator.TritonPythonModel()
-    model.limits, model.lock, model.in_flight = requests.Limits(), Lock(), 1
-    model._make = lambda *_: {}
-    model.metrics = SimpleNamespace(waited=lambda s: None, images=lambda n: None, request=counted)
-    with contextlib.suppress(RuntimeError):
-        model._serve(SimpleNamespace(images=1), sender, time.perf_counter())
-    assert sender.closed and sender.sent == 1 and model.in_flight == 0
-    assert sender.errors == ([] if room else ["INTERNAL: no shared memory"])
-
-
-def test_a_job_that_ends_without_latents_is_an_error(monkeypatch):
-    """Its request would wait for them until its time is up."""
-    orchestrator, told = _model("bls_orchestrator"), []
-    monkeypatch.setattr(orchestrator.calls, "responses", lambda *_: [])
-    orchestrator._denoising_job(3, {}, told.append)
-    assert [(one.image, str(one.error)) for one in told] == [
-        (3, "dit_transformer: ended without latents")
-    ]
-
-
 @pytest.fixture
 def transformer(monkeypatch):
     """Give the transformer's model over a velocity that waits for its gate; closed in the end."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
-    model = _model("dit_transformer").TritonPythonModel()
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton_module())
+    model = model_of("dit_transformer").TritonPythonModel()
     model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
     model.running, model.cancelled, model.stopped = {}, set(), deque(maxlen=2)
     model.velocity = Velocity()
@@ -280,7 +172,7 @@ def test_what_a_gpu_copies_is_waited_for_before_its_source_goes(transformer, mon
 
 
 def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):
-    health, gate = _model("deep_health"), threading.Event()
+    health, gate = model_of("deep_health"), threading.Event()
     answers = {"one": torch.zeros(1), "two": torch.full((1,), float("nan"))}
 
     def call(name: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +124,7 @@ class TritonPythonModel:
     def _make(self, wanted: requests.Wanted, sender, deadline: float) -> dict:
         """Take one request from prompts to the tensors of its last response."""
         with self.metrics.stage("prompt_encoding"):
-            embeds, pooled = self._encode(wanted)
+            embeds, pooled = self._encode(wanted, deadline)
         with self.metrics.stage("denoising"):
             latents = self._denoise(wanted, embeds, pooled, sender, deadline)
         if sender.is_cancelled():
@@ -137,11 +137,11 @@ class TritonPythonModel:
                 )
                 for part in latents
             ]
-            pixels = torch.cat([call.result().cpu() for call in decoded])
+            pixels = torch.cat([part.cpu() for part in self._results(decoded, deadline)])
         with self.metrics.stage("postprocessing"):
             return encoded(self.start.pipeline.image_processor, pixels, wanted.format)
 
-    def _encode(self, wanted: requests.Wanted) -> tuple[list, list]:
+    def _encode(self, wanted: requests.Wanted, deadline: float) -> tuple[list, list]:
         """Encode each prompt by itself, so that its bits do not depend on the others."""
         length = torch.tensor([[wanted.max_sequence_length]], dtype=torch.int32)
         texts = [calls.text(prompt) for prompt in wanted.prompts]
@@ -160,7 +160,25 @@ class TritonPythonModel:
             )
             for prompt in texts
         ]
-        return [call.result() for call in t5], [call.result() for call in clip]
+        found = self._results([*t5, *clip], deadline)
+        return found[: len(texts)], found[len(texts) :]
+
+    def _results(self, made: list[Future], deadline: float) -> list[torch.Tensor]:
+        """Wait for calls, but no longer than the request may take: a model may hang."""
+        try:
+            return [call.result(self._left(deadline)) for call in made]
+        except TimeoutError:
+            for call in made:
+                call.cancel()
+            raise self._late() from None
+
+    def _left(self, deadline: float) -> float:
+        if (left := deadline - time.perf_counter()) <= 0:
+            raise self._late()
+        return left
+
+    def _late(self) -> TimeoutError:
+        return TimeoutError(f"not done after {self.limits.timeout_s:g} s; retry later")
 
     def _denoise(self, wanted, embeds: list, pooled: list, sender, deadline: float) -> list:
         """Run one job for each image; progress as it comes, and a stop when the client leaves."""
@@ -187,8 +205,8 @@ class TritonPythonModel:
         except BaseException:
             for job in jobs:
                 job.cancel()  # one that no thread has begun would run to its end for nobody
-            with contextlib.suppress(RuntimeError):  # a dead transformer has nothing to stop
-                calls.cancel(name)
+            # not waited for: a transformer that hangs does not answer this either
+            threading.Thread(target=_stop, args=(name,), daemon=True).start()
             raise
 
     def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue) -> list:
@@ -197,10 +215,8 @@ class TritonPythonModel:
         while any(part is None for part in latents):
             if sender.is_cancelled():
                 raise Stopped(f"cancelled at step {min(steps)}")
-            if (left := deadline - time.perf_counter()) <= 0:
-                raise TimeoutError(f"not done after {self.limits.timeout_s:g} s; retry later")
             try:
-                heard = news.get(timeout=min(left, 0.2))
+                heard = news.get(timeout=min(self._left(deadline), 0.2))
             except queue.Empty:
                 continue
             if heard.error is not None:
@@ -234,6 +250,11 @@ def _send(sender, response, last: bool) -> None:
     import triton_python_backend_utils as pb_utils
 
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+
+
+def _stop(job: str) -> None:
+    with contextlib.suppress(RuntimeError):  # a dead transformer has nothing to stop
+        calls.cancel(job)
 
 
 def _denoising_job(image: int, inputs: dict, tell) -> None:
