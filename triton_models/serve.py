@@ -24,6 +24,7 @@ from pathlib import Path
 from triton_models import repository
 from triton_models.client import Client, missing_package
 from triton_models.parts import HEALTH, MODELS, ROOT
+from utils.errors import signals_later
 
 STOP_S = 30
 KEY_NAME = "admin-key"  # over gRPC: triton-grpc-protocol-admin-key
@@ -159,7 +160,7 @@ class Server:
             "--exit-timeout-secs=10",
         ]
         self.log = args.log or self.folder / "server.log"
-        with open(self.log, "wb") as log:
+        with open(self.log, "wb") as log, signals_later():
             self.process = subprocess.Popen(
                 command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
