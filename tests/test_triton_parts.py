@@ -211,6 +211,22 @@ def test_the_server_sees_one_gpu(tmp_path, monkeypatch, given, shown):
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == shown
 
 
+def test_calls_leave_threads_for_answers_and_cancellations(tmp_path, monkeypatch):
+    """Triton's own number of threads is the default's number of requests in flight."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(repository, "environment", lambda env: env / "bin" / "python3")
+    monkeypatch.setattr(repository, "write_backend", lambda folder, env: env / "tritonserver")
+    monkeypatch.setattr(serve.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(serve.subprocess, "Popen", lambda command, **how: commands.append(command))
+    args, flags = serve.parse_args(["--ckpt", "tiny-dev"])
+    serve.Server(args, flags).start()
+    flag = "--backend-config=python,thread-pool-size="
+    (size,) = [word.removeprefix(flag) for word in commands[0] if word.startswith(flag)]
+    calls = repository.CALLS_PER_REQUEST * args.max_in_flight
+    assert int(size) >= calls + 2 * args.max_in_flight
+    assert f"{flag}{size} " in (ROOT / "docs" / "serving.md").read_text()  # the container's
+
+
 def test_percentiles_are_latencies_that_were_seen():
     seconds = [float(k) for k in range(100, 0, -1)]
     assert loadtest.percentiles(seconds) == {"p50_s": 50, "p90_s": 90, "p99_s": 99}

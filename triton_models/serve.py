@@ -148,6 +148,7 @@ class Server:
             f"--backend-config=python,shm-region-prefix-name={self.region}",
             # 30 s by default: a stub on a busy machine needs longer, and the whole server aborts
             f"--backend-config=python,stub-timeout-seconds={args.timeout:.0f}",
+            f"--backend-config=python,thread-pool-size={repository.pool_size(args.max_in_flight)}",
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
             *loads,
