@@ -23,7 +23,7 @@ def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(monkeypatc
 
     def job(image: int, inputs: dict, tell) -> None:
         begun.append(image)
-        gate.wait(10)
+        gate.wait(600)
 
     def cancel(name: str) -> None:
         gate.set()

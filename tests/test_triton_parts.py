@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import tomllib
 from pathlib import Path
 
@@ -173,22 +172,28 @@ def test_without_the_client_nothing_is_started(monkeypatch):
 
 
 def test_an_impatient_ctrl_c_does_not_cut_the_clean_up_short(monkeypatch):
-    monkeypatch.setattr(serve, "STOP_S", 1)
+    monkeypatch.setattr(serve, "STOP_S", 0.1)
     before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
     serve.end_by_signals()
     server = serve.Server(*serve.parse_args([]))
     server.process = subprocess.Popen(  # a server that takes its time
-        ["sh", "-c", "trap '' TERM; echo; sleep 60"], stdout=subprocess.PIPE, start_new_session=True
+        ["sh", "-c", "trap '' TERM; echo; sleep 99"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     server.process.stdout.readline()
     left = Path("/dev/shm") / f"{server.region}left"
     left.touch()
-    second = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    second.start()
+    patient = server.process.wait
+
+    def wait(seconds: float | None = None) -> int:
+        os.kill(os.getpid(), signal.SIGINT)  # the second one, amid the clean-up
+        return patient(seconds)
+
+    monkeypatch.setattr(server.process, "wait", wait)
     try:
         server.stop()
     finally:
-        second.join()
         for stop, handler in before.items():
             signal.signal(stop, handler)
         server.process.kill()
