@@ -112,7 +112,7 @@ def test_a_series_that_ends_early_ends_its_row_and_says_where_rows_are(
     wait_for(lambda: "--pictures" in _words(children))  # a fork has its parent's words at first
     (row,) = (int(pid) for pid in children.read_text().split())
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == code
     assert errors == f"{word}: rows so far are in {path}\n"
     assert not is_running(row)
@@ -126,7 +126,7 @@ def test_an_interruption_amid_a_start_leaves_no_process(monkeypatch, tmp_path, s
 
     class Interrupted(subprocess.Popen):
         def __init__(self, command: list[str], **how) -> None:
-            super().__init__(["sleep", "600"], **how)
+            super().__init__(["sleep", "3600"], **how)
             begun.append(self.pid)
             signal.raise_signal(signal.SIGINT)
 

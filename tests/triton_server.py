@@ -71,7 +71,7 @@ class Served:
     def post(self, path: str, body: bytes) -> bytes:
         """Send one HTTP request."""
         address = f"http://127.0.0.1:{self.http}{path}"
-        with urllib.request.urlopen(address, data=body, timeout=60) as answer:
+        with urllib.request.urlopen(address, data=body, timeout=600) as answer:
             return answer.read()
 
     def stubs(self, model: str) -> list[int]:
@@ -84,7 +84,7 @@ class Served:
         """End it as a service manager does. Returns: its exit code"""
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(90)
+            return self.process.wait(600)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
