@@ -63,6 +63,7 @@ class Sender:
 
     def __init__(self, room: bool) -> None:
         self.room, self.closed, self.errors, self.sent = room, False, [], 0
+        self.ended = threading.Event()
 
     def send(self, response=None, flags: int = 0) -> None:
         if self.closed:
@@ -72,6 +73,8 @@ class Sender:
             raise RuntimeError("no shared memory")
         self.sent += response is not None
         self.errors += [response.error] if response and response.error else []
+        if flags:
+            self.ended.set()
 
 
 @pytest.fixture
@@ -139,10 +142,24 @@ def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, fail
 
     monkeypatch.setattr(parts, "outgoing", outgoing)
     transformer.denoiser.forward = lambda **inputs: inputs["latents"]
-    transformer._take(parts.Inputs(Asked(**_given())), sender)
-    transformer.denoiser.close()
+    given = _given() | {"step_lengths": torch.ones(1, 1)}
+    transformer._take(parts.Inputs(Asked(**given)), sender)
+    assert sender.ended.wait(600)
     words = {"making": "CUDA error", "sending": "no shared memory"}[failing]
     assert (sender.errors, sender.closed) == ([f"INTERNAL: {words}"], True)
+
+
+def test_a_caller_that_takes_no_answers_stops_nobody_else(transformer, monkeypatch):
+    """One whose process died: Triton's sender waits for it for ever."""
+    monkeypatch.setattr(parts, "outgoing", lambda name, tensor: name)
+    gate, other = threading.Event(), Sender(True)
+    dead = SimpleNamespace(send=lambda *response, flags=0: gate.wait(600))
+    transformer.denoiser.forward = lambda **inputs: inputs["latents"]
+    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2), "progress": True}
+    for sender in (dead, other):
+        transformer._take(parts.Inputs(Asked(**_given() | given)), sender)
+    assert other.ended.wait(600) and other.sent == 2 and not other.errors
+    gate.set()
 
 
 class OnGpu:

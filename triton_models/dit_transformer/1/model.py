@@ -17,9 +17,12 @@ one forward answers with `noise_pred`. `python model.py --ckpt tiny-dev` checks 
 itself against FluxPipeline.
 """
 
+import queue
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -77,7 +80,7 @@ class TritonPythonModel:
                 self._take(parts.Inputs(request), sender)
             except Exception as error:
                 code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else _code(error)
-                _reply(sender, error=parts.failure(error, code))
+                _send(sender, _response(error=parts.failure(error, code)), last=True)
 
     def own(self, inputs: parts.Inputs, name: str):
         """Give a tensor that outlives execute(), after which Triton takes its memory back."""
@@ -98,19 +101,20 @@ class TritonPythonModel:
                 self.stopped.append(name)
                 if name in self.running:
                     self.cancelled.add(name)
-            _reply(sender)
+            _send(sender, last=True)
             return
         if problem := problems_of(inputs, self.transformer.guided):
             raise ValueError(problem)
         height, width = inputs.values("size")[:2]
         progress = inputs.value("progress", False)
+        send = _in_order(sender) if "step_lengths" in inputs else partial(_send, sender)
 
         def here(tensor_name: str):
             return self.own(inputs, tensor_name)
 
         def after_step(job: Job) -> None:
             if progress:
-                sender.send(_response({"step": _column(job, job.step, torch.int32)}))
+                send(_response({"step": _column(job, job.step, torch.int32)}))
 
         def done(job: Job, error: Exception | None) -> None:
             with self.lock:
@@ -123,10 +127,9 @@ class TritonPythonModel:
                     response = _response(_answer(job))
                 except Exception as failed:  # a GPU says here what went wrong in the forward
                     error = failed
-            if error is None:
-                parts.send_last(sender, response)
-            else:
-                _reply(sender, error=parts.failure(error, _code(error)))
+            if error is not None:
+                response = _response(error=parts.failure(error, _code(error)))
+            send(response, last=True)
 
         job = Job(
             here("latents"),
@@ -176,12 +179,38 @@ def _response(tensors: dict | None = None, error=None):
     return pb_utils.InferenceResponse(outputs, error=error)
 
 
-def _reply(sender, error=None) -> None:
-    """Close a request, with an error or nothing."""
+def _send(sender, response=None, last: bool = False) -> None:
+    """Send one response; the last one, which may be none, also closes the request."""
     import triton_python_backend_utils as pb_utils
 
-    response = {} if error is None else {"response": _response(error=error)}
-    sender.send(**response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+    sender.send(*([] if response is None else [response]), flags=flags)
+
+
+def _in_order(sender) -> Callable:
+    """Give a function that sends a job's responses from a thread of the job's own.
+
+    All but a call's first response wait in send() until the caller has taken them: of one whose
+    process died for ever, and the denoiser's thread has others' jobs.
+    """
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    threads: list[threading.Thread] = []
+
+    def work() -> None:
+        while True:
+            response, last = waiting.get()
+            if last:
+                parts.send_last(sender, response)
+                return
+            _send(sender, response)
+
+    def send(response, last: bool = False) -> None:
+        waiting.put((response, last))
+        if not threads:
+            threads.append(threading.Thread(target=work, daemon=True))
+            threads[0].start()
+
+    return send
 
 
 if __name__ == "__main__":
