@@ -127,6 +127,10 @@ def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
     transformer.execute([*cancel, late, other])
     assert late.errors == ["CANCELLED: cancelled before it came"]
     assert other.errors == [] and transformer.running == {"c": 1}
+    here, gone = (Asked(job=name, cancel=False) for name in (b"c", b"a"))
+    transformer.execute([here, gone])
+    assert here.errors == []
+    assert gone.errors == ["INVALID_ARGUMENT: job: found none of this name that runs"]
     transformer.execute([Asked(job=b"d", cancel=True), again := Asked(**_given())])
     assert again.errors == []
 

@@ -13,7 +13,7 @@ import torch
 from test_triton_model_files import Sender, model_of, triton_module
 from test_triton_parts import Given
 
-from triton_models import parts, requests
+from triton_models import parts, requests, watch
 
 
 def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(monkeypatch):
@@ -141,7 +141,34 @@ def test_a_model_that_hangs_costs_a_request_its_time_and_no_more(monkeypatch, ha
     model._serve(wanted, sender, time.perf_counter())
     assert sender.errors == ["UNAVAILABLE: not done after 1 s; retry later"]
     gate.set()
+    assert model.callers.submit(lambda: "free").result() == "free"  # on threads that do not wait
     model.callers.shutdown()
+
+
+def test_a_job_that_the_transformer_has_lost_is_an_error(monkeypatch):
+    """Its process was killed, and another loaded: Triton never ends the call."""
+    monkeypatch.setattr(watch, "WATCH_S", 0.0)
+    orchestrator, gate, asked = model_of("bls_orchestrator"), threading.Event(), []
+
+    def ask(name: str) -> None:
+        asked.append(name)
+        if len(asked) != 2:  # two in a row: one may have crossed the job's last answer
+            raise RuntimeError("job: found none of this name that runs")
+
+    monkeypatch.setattr(orchestrator, "_denoising_job", lambda *_: gate.wait(600))
+    monkeypatch.setattr(orchestrator.calls, "ask", ask)
+    monkeypatch.setattr(orchestrator.calls, "cancel", lambda name: None)
+    args = parts.settings(["--ckpt", "tiny-dev", "--device", "cpu"])
+    model = orchestrator.TritonPythonModel()
+    model.start, model.limits = orchestrator.Start(args), requests.Limits(max_in_flight=1)
+    model._new_callers()
+    wanted = requests.read(Given(prompt=[b"a"], num_images_per_prompt=2), args, model.limits)
+    there = SimpleNamespace(is_cancelled=lambda: False)
+    with pytest.raises(RuntimeError, match="has lost the job; job: found none of this name"):
+        model._denoise(wanted, [None], [None], there, time.perf_counter() + 600)
+    assert len(asked) == 4 and len(set(asked)) == 1
+    assert model.callers.submit(lambda: "free").result() == "free"
+    gate.set()
 
 
 def test_a_job_that_ends_without_latents_is_an_error(monkeypatch):

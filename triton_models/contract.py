@@ -35,7 +35,8 @@ MEANING = {
     "size": "height and width in pixels, multiples of 16",
     "progress": "an answer after every step as well",
     "job": "a name to cancel it by",
-    "cancel": "stop the jobs of this name, those that come later too; nothing else is read",
+    "cancel": "true: stop the jobs of this name, those that come later too; false without latents: "
+    "an error if none runs; nothing else is read",
     "noise_pred": "the velocity of one step, in the latents' shape",
     "step": "steps taken so far",
     "steps": "steps in all",
@@ -73,7 +74,7 @@ ERRORS = (  # model, code, when
         "an input is missing or beyond a bound; size no multiple of 16, or of another number of "
         "tokens than latents; guidance for a checkpoint without, or none for one with; N of "
         "timestep and step_lengths differ, or is not 1 without step_lengths; more rows than the "
-        "largest batch; cancel without job",
+        "largest batch; cancel without job, or false for a job that does not run",
     ),
     ("dit_transformer", "CANCELLED", "a request of its `job` with `cancel` came"),
     (

@@ -35,6 +35,7 @@ from triton_models import calls, parts, requests
 from triton_models.components import Start
 from triton_models.metrics import Metrics
 from triton_models.pictures import encoded
+from triton_models.watch import Watch
 
 RETRY_S = 2
 JOB_NUMBERS = ("mean_batch", "forward_s", "queue_s")
@@ -65,8 +66,12 @@ class TritonPythonModel:
         self.limits = requests.Limits.read(values)
         self.metrics = Metrics()
         self.threads = ThreadPoolExecutor(self.limits.max_in_flight, "request")
-        self.callers = ThreadPoolExecutor(2 * self.limits.max_in_flight, "call")
+        self._new_callers()
         self.in_flight, self.lock = 0, threading.Lock()
+
+    def _new_callers(self) -> None:
+        """Take new threads for calls: those whose calls never end are lost."""
+        self.callers = ThreadPoolExecutor(2 * self.limits.max_in_flight, "call")
 
     def execute(self, incoming) -> None:
         for request in incoming:
@@ -178,6 +183,7 @@ class TritonPythonModel:
         return left
 
     def _late(self) -> TimeoutError:
+        self._new_callers()
         return TimeoutError(f"not done after {self.limits.timeout_s:g} s; retry later")
 
     def _denoise(self, wanted, embeds: list, pooled: list, sender, deadline: float) -> list:
@@ -201,7 +207,7 @@ class TritonPythonModel:
                 tensors["guidance"] = torch.tensor([[wanted.guidance]], dtype=torch.float32)
             jobs.append(self.callers.submit(_denoising_job, image, tensors, news.put))
         try:
-            return self._follow(wanted, sender, deadline, news)
+            return self._follow(wanted, sender, deadline, news, Watch(name))
         except BaseException:
             for job in jobs:
                 job.cancel()  # one that no thread has begun would run to its end for nobody
@@ -209,7 +215,7 @@ class TritonPythonModel:
             threading.Thread(target=_stop, args=(name,), daemon=True).start()
             raise
 
-    def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue) -> list:
+    def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue, watch) -> list:
         """Wait for all jobs; pass on the step that the slowest of them has reached."""
         steps, latents, told = [0] * wanted.images, [None] * wanted.images, 0
         while any(part is None for part in latents):
@@ -218,7 +224,11 @@ class TritonPythonModel:
             try:
                 heard = news.get(timeout=min(self._left(deadline), 0.2))
             except queue.Empty:
+                if words := watch.lost():
+                    self._new_callers()
+                    raise RuntimeError(f"the transformer has lost the job; {words}") from None
                 continue
+            watch.news()
             if heard.error is not None:
                 raise heard.error
             steps[heard.image] = heard.step

@@ -103,6 +103,12 @@ class TritonPythonModel:
                     self.cancelled.add(name)
             _send(sender, last=True)
             return
+        if "cancel" in inputs and "latents" not in inputs:  # whether it is there
+            with self.lock:
+                if name not in self.running:
+                    raise ValueError("job: found none of this name that runs")
+            _send(sender, last=True)
+            return
         if problem := problems_of(inputs, self.transformer.guided):
             raise ValueError(problem)
         height, width = inputs.values("size")[:2]
