@@ -232,6 +232,26 @@ def test_calls_leave_threads_for_answers_and_cancellations(tmp_path, monkeypatch
     assert f"{flag}{size} " in (ROOT / "docs" / "serving.md").read_text()  # the container's
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
+def test_a_load_that_breaks_off_is_no_measurement(monkeypatch, error):
+    """Nor does it go on: the other client would wait for requests that are due in a year."""
+
+    class Broken:
+        def __init__(self, port: int) -> None: ...
+
+        def __enter__(self) -> "Broken":
+            return self
+
+        def __exit__(self, *error) -> None: ...
+
+        def generate(self, **fields) -> list:
+            raise error
+
+    monkeypatch.setattr(loadtest, "Client", Broken)
+    with pytest.raises(type(error)):
+        loadtest.run(loadtest.parse_args(["--requests", "9", "--clients", "2", "--rate", "3e-8"]))
+
+
 def test_percentiles_are_latencies_that_were_seen():
     seconds = [float(k) for k in range(100, 0, -1)]
     assert loadtest.percentiles(seconds) == {"p50_s": 50, "p90_s": 90, "p99_s": 99}
