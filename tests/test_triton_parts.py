@@ -76,6 +76,15 @@ def test_wrong_fields_are_named(args, fields, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_bounds_of_all_models_are_lowered_alone_and_not_raised():
+    """A raised one would pass the orchestrator and fail in the transformer, as its own error."""
+    assert requests.Limits.read({"max_steps": "50", "timeout_s": "9000"}).max_steps == 50
+    with pytest.raises(ValueError, match="max_steps: found 200, expected at most 100: the other"):
+        requests.Limits.read({"max_steps": "200"})
+    with pytest.raises(ValueError, match="max_pixels: found 4194305, expected at most 4194304"):
+        requests.Limits.read({"max_pixels": "4194305"})
+
+
 def test_guidance_is_refused_where_there_is_no_embedding():
     schnell = parts.settings(["--ckpt", "tiny-schnell", "--device", "cpu"])
     with pytest.raises(ValueError, match="has no guidance embedding; leave it out"):

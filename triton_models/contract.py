@@ -9,7 +9,13 @@ import re
 from pathlib import Path
 
 from triton_models.parts import HEALTH, MODELS, ROOT
-from triton_models.requests import FORMATS, MAX_PROMPT_CHARACTERS, MAX_SEQUENCE_LENGTH, Limits
+from triton_models.requests import (
+    FORMATS,
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEQUENCE_LENGTH,
+    SHARED,
+    Limits,
+)
 
 PAGE = ROOT / "docs" / "serving-contract.md"
 TENSOR = re.compile(
@@ -124,6 +130,8 @@ def page() -> str:
         "inference input), an unknown field of an HTTP generate request by the orchestrator.",
         "| bound | default (`parameters` of bls_orchestrator) |\n| --- | --- |\n"
         + "\n".join(f"| {name} | {value} |" for name, value in limits.items()),
+        f"{' and '.join(SHARED)} can be lowered there; with a raised one the model does not load, "
+        "since the transformer and the decoder have them too (triton_models/requests.py).",
         "| model | code | when |\n| --- | --- | --- |\n"
         + "\n".join(f"| {names} | {code} | {when} |" for names, code, when in ERRORS),
         "The words of an error begin with its code, since a gRPC stream carries no other. Called "
