@@ -109,13 +109,15 @@ def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     unnamed, large, unlucky = Asked(cancel=True), Asked(**_given(3)), Asked(**_given())
-    transformer.execute([unnamed, large])
+    none = Asked(**_given() | {"timestep": torch.ones(1, 0), "step_lengths": torch.ones(1, 0)})
+    transformer.execute([unnamed, large, none])
     monkeypatch.setattr(transformer, "own", full)
     transformer.execute([unlucky])
     assert unnamed.errors == [
         "INVALID_ARGUMENT: job: found nothing, expected the name of the job to cancel"
     ]
     assert large.errors == ["INVALID_ARGUMENT: latents: found 3 rows, expected at most 2"]
+    assert none.errors == ["INVALID_ARGUMENT: timestep: found 0, expected 1 to 100"]
     assert unlucky.errors == ["INTERNAL: CUDA out of memory"]
     assert transformer.running == {} and not transformer.cancelled
 

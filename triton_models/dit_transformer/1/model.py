@@ -50,8 +50,8 @@ def problems_of(inputs: parts.Inputs, guided: bool) -> str:
     if ("guidance" in inputs) is not guided:
         return f"guidance: found {'one' if 'guidance' in inputs else 'none'}, expected the other"
     timestep, lengths = inputs.tensor("timestep"), inputs.tensor("step_lengths")
-    if timestep.shape[1] > Limits.max_steps:
-        return f"timestep: found {timestep.shape[1]}, expected at most {Limits.max_steps}"
+    if not 1 <= timestep.shape[1] <= Limits.max_steps:
+        return f"timestep: found {timestep.shape[1]}, expected 1 to {Limits.max_steps}"
     if lengths is None and timestep.shape[1] != 1:
         return f"timestep: found {timestep.shape[1]} without step_lengths, expected 1"
     if lengths is not None and lengths.shape != timestep.shape:
