@@ -261,6 +261,34 @@ def test_a_load_that_breaks_off_is_no_measurement(monkeypatch, error):
         loadtest.run(loadtest.parse_args(["--requests", "9", "--clients", "2", "--rate", "3e-8"]))
 
 
+def test_a_silent_model_has_its_time_again_after_each_load(monkeypatch):
+    """It may be compiling, which a load each second would never let it finish."""
+    pytest.importorskip("tritonclient")
+    clock, loaded = [0.0], []
+
+    class Watched:
+        def __init__(self, port: int, key: str) -> None: ...
+
+        def __enter__(self) -> "Watched":
+            return self
+
+        def __exit__(self, *error) -> None: ...
+
+        def unhealthy(self) -> dict[str, str]:
+            return {"vae_decoder": "no answer within 30 s"}
+
+        def reload(self, name: str) -> None:
+            loaded.append((name, clock[0]))
+
+    monkeypatch.setattr(serve, "Client", Watched)
+    monkeypatch.setattr(serve.time, "monotonic", lambda: clock[0])
+    server = serve.Server(*serve.parse_args(["--timeout", "100"]))
+    for clock[0] in range(0, 260, 10):
+        server.heal()
+    server.folder.rmdir()
+    assert loaded == [("vae_decoder", 100), ("vae_decoder", 210)]
+
+
 def test_percentiles_are_latencies_that_were_seen():
     seconds = [float(k) for k in range(100, 0, -1)]
     assert loadtest.percentiles(seconds) == {"p50_s": 50, "p90_s": 90, "p99_s": 99}

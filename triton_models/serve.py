@@ -200,6 +200,7 @@ class Server:
             for name, words in found.items():
                 if name in silent and now - self.silent[name] < self.args.timeout:
                     continue
+                self.silent.pop(name, None)  # a new process has its own time
                 try:
                     client.reload(name)
                     outcome = "loaded again"
