@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,12 +24,20 @@ NEEDS_ENV = pytest.mark.skipif(
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody uses at the moment."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Find ports that nobody uses, and that nobody is given while a server loads its models.
+
+    Below those that the system gives away, in an order of this process's own.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = list(range(max(1024, lowest - 20_000), lowest)) or list(range(20_000, 60_000))
+    random.Random(os.getpid()).shuffle(ports)
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", ports[-1]))
+            found.append(ports[-1])
+        ports.pop()
+    return found
 
 
 class Served:
