@@ -38,7 +38,7 @@ def wait_for(what, seconds: float = 600):
     """Wait until what() is true, and give it."""
     end = time.monotonic() + seconds
     while not (found := what()):
-        assert time.monotonic() < end
+        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
     return found
 
