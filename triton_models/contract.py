@@ -68,7 +68,7 @@ ERRORS = (  # model, code, when
         "more than max_in_flight requests, or not done after timeout_s: retry",
     ),
     ("bls_orchestrator", "CANCELLED", "the client left; the job stopped at its next step"),
-    ("bls_orchestrator", "INTERNAL", "a model failed: its own words"),
+    ("bls_orchestrator", "INTERNAL", "a model failed, or its process died: its own words"),
     (
         "clip_encoder, t5_encoder",
         "INVALID_ARGUMENT",
