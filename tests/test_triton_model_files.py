@@ -137,8 +137,9 @@ def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
     assert again.errors == []
 
 
+@pytest.mark.parametrize("progress", [False, True])
 @pytest.mark.parametrize("failing", ["making", "sending"])
-def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, failing):
+def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, failing, progress):
     sender = Sender(room=failing == "making")
 
     def outgoing(name: str, tensor):
@@ -148,7 +149,8 @@ def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, fail
 
     monkeypatch.setattr(parts, "outgoing", outgoing)
     transformer.denoiser.forward = lambda **inputs: inputs["latents"]
-    given = _given() | {"step_lengths": torch.ones(1, 1)}
+    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2), "progress": progress}
+    given |= {name: value for name, value in _given().items() if name not in given}
     transformer._take(parts.Inputs(Asked(**given)), sender)
     assert sender.ended.wait(600)
     words = {"making": "CUDA error", "sending": "no shared memory"}[failing]

@@ -17,6 +17,7 @@ one forward answers with `noise_pred`. `python model.py --ckpt tiny-dev` checks 
 itself against FluxPipeline.
 """
 
+import contextlib
 import queue
 import sys
 import threading
@@ -208,7 +209,8 @@ def _in_order(sender) -> Callable:
             if last:
                 parts.send_last(sender, response)
                 return
-            _send(sender, response)
+            with contextlib.suppress(Exception):  # the job goes on, and its end is told
+                _send(sender, response)
 
     def send(response, last: bool = False) -> None:
         waiting.put((response, last))
