@@ -1,6 +1,7 @@
 """One real tritonserver for the tests, started as a user starts it."""
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -23,20 +24,23 @@ NEEDS_ENV = pytest.mark.skipif(
 )
 
 
-def free_ports(count: int) -> list[int]:
-    """Find ports that nobody uses, and that nobody is given while a server loads its models.
-
-    Below those that the system gives away, in an order of this process's own.
-    """
+@functools.cache
+def _candidates() -> list[int]:
+    """List the ports below those that the system gives away, in an order of this process's own."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports = list(range(max(1024, lowest - 20_000), lowest)) or list(range(20_000, 60_000))
     random.Random(os.getpid()).shuffle(ports)
+    return ports
+
+
+def free_ports(count: int) -> list[int]:
+    """Find ports that nobody uses, and that nobody is given while a server loads its models."""
     found: list[int] = []
     while len(found) < count:
+        port = _candidates().pop()  # never given twice
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", ports[-1]))
-            found.append(ports[-1])
-        ports.pop()
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
     return found
 
 
