@@ -14,6 +14,7 @@ at a time, the least recently used ones leave first. Benchmarks never come here.
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import os
@@ -101,11 +102,18 @@ def find_pictures(root: Path, identity: dict) -> tuple[list[bytes], list[str]]:
 
     Returns: PNG files in order, none if there is no whole entry; then what stands against it.
     """
-    package, lines = artifacts.find(root, identity, FIRST)
-    if package is None:
-        return [], lines
-    names = [f".png{k}" for k in range(len(package.files))]
-    return [package.files[name].read_bytes() for name in names], []
+    files, lines = _contents(root, identity, FIRST)
+    return [files[f".png{k}"] for k in range(len(files))], lines
+
+
+def _contents(root: Path, identity: dict, kind: str) -> tuple[dict[str, bytes], list[str]]:
+    """Read an entry's files; none if there is no whole one, or another process has removed it."""
+    package, lines = artifacts.find(root, identity, kind)
+    try:
+        files = package.files if package else {}
+        return {ending: path.read_bytes() for ending, path in files.items()}, lines
+    except FileNotFoundError:
+        return {}, [f"{package.name}: removed by another process"]
 
 
 def remember_text(pipeline, args, root: Path, seen: dict[str, int]) -> None:
@@ -123,15 +131,15 @@ def remember_text(pipeline, args, root: Path, seen: dict[str, int]) -> None:
             return encode(prompt, prompt_2, **named)
         others = {key: str(value) for key, value in named.items() if key not in given}
         identity = text_identity(args, prompt=prompt, prompt_2=prompt_2, **others)
-        package, _ = artifacts.find(root, identity, TEXT)
-        seen["hits" if package else "misses"] += 1
-        if package is None:
+        files, _ = _contents(root, identity, TEXT)
+        seen["hits" if files else "misses"] += 1
+        if not files:
             tensors = dict(zip("012", encode(prompt, prompt_2, **named), strict=True))
             content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
             with artifacts.building(root, identity):
                 artifacts.save(root, identity, {TEXT: content}, {})
         else:
-            tensors = load(package.files[TEXT].read_bytes())
+            tensors = load(files[TEXT])
         return tuple(tensors[name].to(device) for name in "012")
 
     pipeline.encode_prompt = remembering
@@ -161,8 +169,11 @@ def write_pictures(pictures: list[bytes], output_file: str) -> list[Path]:
     return written
 
 
-def make(args, root: Path, identity: dict) -> list[Path]:
-    """Make a request's pictures and store them; its text embeddings may be there already."""
+def make(args, root: Path, identity: dict, scratch: Path) -> list[Path]:
+    """Make a request's pictures and store them; its text embeddings may be there already.
+
+    They are read from a folder of this process alone: another may write the same output file.
+    """
     from utils import card
     from utils.images import save_images
     from utils.pipeline_utils import generate, load_pipeline, optimize, reused_steps
@@ -171,9 +182,12 @@ def make(args, root: Path, identity: dict) -> list[Path]:
     seen = {"hits": 0, "misses": 0}
     pipeline = optimize(load_pipeline(args), args)
     remember_text(pipeline, args, root, seen)
-    paths = save_images(generate(pipeline, args), args, reused_steps(pipeline, args))
-    pictures = {f".png{k}": path.read_bytes() for k, path in enumerate(paths)}
-    artifacts.save(root, identity, pictures, {})
+    alone = copy.copy(args)
+    alone.output_file = str(scratch / "x.png")
+    made = save_images(generate(pipeline, args), alone, reused_steps(pipeline, args))
+    pictures = [path.read_bytes() for path in made]
+    paths = write_pictures(pictures, args.output_file)
+    artifacts.save(root, identity, {f".png{k}": png for k, png in enumerate(pictures)}, {})
     print(f"text        {'found' if seen['hits'] else 'encoded and stored'}")
     return paths
 
@@ -208,9 +222,9 @@ def main() -> None:
     identity = request_identity(args)
     pictures, lines = find_pictures(root, identity)
     if not pictures:
-        with artifacts.building(root, identity):  # a second process waits here, then finds it
+        with artifacts.building(root, identity) as scratch:  # a second process waits, then finds it
             pictures, _ = find_pictures(root, identity)
-            paths = [] if pictures else make(args, root, identity)
+            paths = [] if pictures else make(args, root, identity, scratch)
     if pictures:
         paths = write_pictures(pictures, args.output_file)
     found = "found" if pictures else f"made ({lines[0]})"

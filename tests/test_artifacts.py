@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,10 +149,12 @@ def test_digests_are_read_once_and_again_after_any_change(tmp_path, monkeypatch)
         return digest_of(stream, name)
 
     monkeypatch.setattr(hashlib, "file_digest", counted)
+    now = weights.stat().st_ctime_ns
+    monkeypatch.setattr("utils.artifacts.digests.time.time_ns", lambda: now)
     first = artifacts.checkpoint_digest(folder, root)
     assert artifacts.checkpoint_digest(folder, root) == first
     assert len(read) == 4  # files that were written just now may change within the clock's grain
-    later = time.time_ns() + 10**10
+    later = now + 10**13
     monkeypatch.setattr("utils.artifacts.digests.time.time_ns", lambda: later)
     artifacts.checkpoint_digest(folder, root)
     read.clear()

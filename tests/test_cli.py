@@ -1,9 +1,9 @@
 """The command line: quick help, both spellings, defaults; refusals: test_refusals.py."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,17 +27,18 @@ def script(*words: str, env: dict | None = None) -> subprocess.CompletedProcess:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
     )
 
 
 @pytest.mark.parametrize("name", ["gen_image.py", "run_benchmark.py"])
 def test_help_needs_no_torch_and_little_time(name):
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = script("-X", "importtime", name, "--help")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
-    assert time.perf_counter() - start < 1
+    assert spent.ru_utime + spent.ru_stime - before.ru_utime - before.ru_stime < 1
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "diffusers", "transformers", "numpy"}

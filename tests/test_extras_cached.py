@@ -248,6 +248,50 @@ def test_of_two_processes_at_once_one_makes_the_picture(tmp_path):
     assert not list((tmp_path / "memory").glob(".*"))
 
 
+def test_an_entry_that_another_process_removes_is_none(tmp_path, monkeypatch):
+    """Whoever makes room may do it between a look and the reading."""
+    root, identity = artifacts.open_cache(tmp_path / "memory"), {"component": "request"}
+    artifacts.save(root, identity, {cached.FIRST: b"png"}, {})
+    find = artifacts.find
+
+    def found(*where):
+        package = find(*where)
+        cached.evict(root, 0)
+        return package
+
+    monkeypatch.setattr(artifacts, "find", found)
+    pictures, (line,) = cached.find_pictures(root, identity)
+    assert pictures == [] and line.endswith("removed by another process")
+
+
+def test_what_is_stored_is_what_was_made_whoever_writes_the_output(tmp_path, monkeypatch):
+    """Two requests in one folder have the same name for their picture."""
+    from utils import images, pipeline_utils
+
+    args = make_args("--device", "cpu", "--output-file", str(tmp_path / "x.png"))
+    identity, root = {"component": "request"}, artifacts.open_cache(tmp_path / "memory")
+    drawn = Image.new("RGB", (16, 16), "red")
+    save = images.save_images
+
+    def saved(*given) -> list[Path]:
+        paths = save(*given)
+        (tmp_path / "x.png").write_bytes(b"the other request's")
+        return paths
+
+    monkeypatch.setattr(images, "save_images", saved)
+    monkeypatch.setattr(pipeline_utils, "load_pipeline", lambda args: None)
+    monkeypatch.setattr(pipeline_utils, "optimize", lambda pipeline, args: None)
+    monkeypatch.setattr(pipeline_utils, "generate", lambda pipeline, args: [drawn])
+    monkeypatch.setattr(pipeline_utils, "reused_steps", lambda pipeline, args: None)
+    monkeypatch.setattr(cached, "remember_text", lambda *_: None)
+    with artifacts.building(root, identity) as scratch:
+        paths = cached.make(args, root, identity, scratch)
+    assert paths == [tmp_path / "x.png"]
+    assert cached.find_pictures(root, identity)[0] == [paths[0].read_bytes()]
+    with Image.open(paths[0]) as picture:
+        assert picture.getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_what_was_used_longest_ago_leaves_first(tmp_path, capsys):
     root = artifacts.open_cache(tmp_path / "memory")
     identities = [{"component": "request", "seed": k} for k in range(4)]

@@ -220,7 +220,7 @@ def test_help_needs_no_torch():
     names = ("img2img", "inpaint", "controlnet", "stages", "compare_stages")
     parsed = "".join(f"import extras.{n}; extras.{n}.create_parser().format_help();" for n in names)
     check = f"import sys; {parsed} sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", check], timeout=600).returncode == 0
 
 
 def test_a_grey_mask_is_made_black_and_white(tmp_path):

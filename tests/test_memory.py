@@ -279,7 +279,7 @@ def test_running_out_of_memory_names_the_next_tiers_command(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (9 * GIB // 2,) * 2),
     )

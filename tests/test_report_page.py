@@ -123,7 +123,7 @@ def chromium(file: Path, *flags: str) -> subprocess.CompletedProcess:
                f"--user-data-dir={home}/profile", "--virtual-time-budget=4000",
                "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
     return subprocess.run([*command, *flags, file.as_uri()], capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"HOME": str(home)})  # fmt: skip
+                          timeout=600, env=os.environ | {"HOME": str(home)})  # fmt: skip
 
 
 @browser

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ import torch
 from test_errors import is_running, wait_for
 from test_series import ROOT, SHORT, arguments
 
-from utils import card, series
+from triton_models import repository, serve
+from utils import card, row_process, series
 from utils.errors import UserError
 from utils.report_rows import read
 
@@ -110,14 +110,42 @@ def test_a_series_that_ends_early_ends_its_row_and_says_where_rows_are(
         assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_for(lambda: "--pictures" in _words(children))  # a fork has its parent's words at first
-    time.sleep(1)  # until the parent waits for it
     (row,) = (int(pid) for pid in children.read_text().split())
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == code
     assert errors == f"{word}: rows so far are in {path}\n"
     assert not is_running(row)
     assert len(path.read_text().splitlines()) == 1 and json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("starts", ["a row", "a server"])
+def test_an_interruption_amid_a_start_leaves_no_process(monkeypatch, tmp_path, starts):
+    """Nobody would know it."""
+    begun = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, command: list[str], **how) -> None:
+            super().__init__(["sleep", "3600"], **how)
+            begun.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        if starts == "a row":
+            row_process.run_row([], tmp_path)
+        else:
+            monkeypatch.setattr(repository, "environment", lambda env: env / "bin" / "python3")
+            monkeypatch.setattr(repository, "write_backend", lambda folder, env: env / "server")
+            server = serve.Server(*serve.parse_args(["--ckpt", "tiny-dev"]))
+            before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                server.start()
+            finally:
+                server.stop()
+                for stop, handler in before.items():
+                    signal.signal(stop, handler)
+    assert len(begun) == 1 and not is_running(begun[0])
 
 
 def _words(children: Path) -> str:

@@ -17,7 +17,7 @@ class Velocity:
         self.gate = threading.Event()
 
     def __call__(self, latents, timestep, guidance, prompt_embeds, pooled, height, width):
-        self.gate.wait(10)
+        assert self.gate.wait(600)
         self.batches.append(timestep.tolist())
         assert (
             len({tuple(row) for row in (latents.shape, (len(latents), height * width // 256, 1))})

@@ -1,10 +1,10 @@
-"""The models' own files without a server: whose fault an error is, cancellation, health of all."""
+"""The other models' own files without a server: whose fault an error is, cancellation, health."""
 
 import importlib.util
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent import futures
 from threading import Lock
 from types import SimpleNamespace
 
@@ -12,45 +12,17 @@ import numpy as np
 import pytest
 import torch
 from test_triton_denoiser import Velocity
-from test_triton_parts import Given
 
-from triton_models import parts, repository, requests
+from triton_models import parts, repository
 from triton_models.denoiser import Denoiser
 
 
-def _model(name: str):
+def model_of(name: str):
     """Import a served model's own file."""
     spec = importlib.util.spec_from_file_location(name, repository.HERE / name / "1" / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_jobs_that_wait_for_a_thread_are_cancelled_with_their_request(monkeypatch):
-    """The transformer does not know them yet, so that their name stops nothing."""
-    args = parts.settings(["--ckpt", "tiny-dev", "--device", "cpu"])
-    orchestrator, begun, gate = _model("bls_orchestrator"), [], threading.Event()
-
-    def job(image: int, inputs: dict, tell) -> None:
-        begun.append(image)
-        gate.wait(10)
-
-    def cancel(name: str) -> None:
-        gate.set()
-        raise RuntimeError("dit_transformer: its stub is dead")
-
-    monkeypatch.setattr(orchestrator, "_denoising_job", job)
-    monkeypatch.setattr(orchestrator.calls, "cancel", cancel)
-    model = orchestrator.TritonPythonModel()
-    model.start, model.callers = orchestrator.Start(args), ThreadPoolExecutor(1)
-    model.limits = requests.Limits()
-    given = Given(prompt=[b"a"], num_images_per_prompt=4, num_inference_steps=1)
-    wanted = requests.read(given, args, model.limits)
-    left = SimpleNamespace(is_cancelled=lambda: bool(begun))
-    with pytest.raises(orchestrator.Stopped):
-        model._denoise(wanted, [None], [None], left, time.perf_counter() + 60)
-    model.callers.shutdown()
-    assert begun == [0]
 
 
 class Asked:
@@ -74,7 +46,7 @@ class Asked:
         self.errors += [response.error] if response else []
 
 
-def _triton() -> SimpleNamespace:
+def triton_module() -> SimpleNamespace:
     """What Triton's own module has for answers."""
     triton = SimpleNamespace(
         TritonError=lambda words, code: words,
@@ -86,103 +58,166 @@ def _triton() -> SimpleNamespace:
     return triton
 
 
-@pytest.mark.parametrize(
-    ("ends", "outcome", "word"),
-    [
-        (None, "ok", None),
-        (TimeoutError("late"), "timeout", "late"),
-        (ValueError("no"), "failed", "no"),
-        ("Stopped", "cancelled", "gone"),
-        ("unsendable", "failed", "an array of objects"),
-    ],
-)
-def test_a_request_is_counted_and_its_place_free_before_its_answer(
-    monkeypatch, ends, outcome, word
-):
-    """Whoever has an answer can ask again, and read its count, at once."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
-    orchestrator, told, counted = _model("bls_orchestrator"), [], []
+class Sender:
+    """Triton's: given the final flag it takes nothing more, sent or not. Answers can be too big."""
 
-    def make(*_) -> dict:
-        if ends == "Stopped":
-            raise orchestrator.Stopped("gone")
-        if isinstance(ends, Exception):
-            raise ends
-        return {"images": None} if ends == "unsendable" else {}
+    def __init__(self, room: bool) -> None:
+        self.room, self.closed, self.errors, self.sent = room, False, [], 0
+        self.ended = threading.Event()
 
-    def tensors_of(tensors: dict) -> list:
-        if tensors:
-            raise TypeError("an array of objects")
-        return []
-
-    monkeypatch.setattr(orchestrator.calls, "tensors_of", tensors_of)
-    model = orchestrator.TritonPythonModel()
-    model.limits, model.lock, model.in_flight, model._make = requests.Limits(), Lock(), 1, make
-    model.metrics = SimpleNamespace(
-        waited=lambda seconds: None,
-        images=lambda count: counted.append(count),
-        request=lambda outcome: counted.append(outcome),
-    )
-
-    def send(response, flags: int) -> None:
-        told.append((model.in_flight, list(counted), response.error, flags))
-
-    model._serve(SimpleNamespace(images=3), SimpleNamespace(send=send), time.perf_counter())
-    ((places, counts, error, flags),) = told
-    assert (places, flags) == (0, 1)
-    assert counts == ([3, "ok"] if outcome == "ok" else [outcome])
-    assert (word is None and error is None) or word in error
+    def send(self, response=None, flags: int = 0) -> None:
+        if self.closed:
+            raise RuntimeError("Response sender has been closed")
+        self.closed = bool(flags)
+        if response and response.error is None and not self.room:
+            raise RuntimeError("no shared memory")
+        self.sent += response is not None
+        self.errors += [response.error] if response and response.error else []
+        if flags:
+            self.ended.set()
 
 
-def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", _triton())
-    model = _model("dit_transformer").TritonPythonModel()
+@pytest.fixture
+def transformer(monkeypatch):
+    """Give the transformer's model over a velocity that waits for its gate; closed in the end."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton_module())
+    model = model_of("dit_transformer").TritonPythonModel()
     model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
-    model.running, model.cancelled = {}, set()
-    model.denoiser = Denoiser(Velocity(), (1, 2))
+    model.running, model.cancelled, model.stopped = {}, set(), deque(maxlen=2)
+    model.velocity = Velocity()
+    model.denoiser = Denoiser(model.velocity, (1, 2))
+    yield model
+    model.velocity.gate.set()
+    model.finalize()
 
-    def given(rows: int) -> dict:
-        return {
-            "latents": torch.zeros(rows, 1, 1),
-            "timestep": torch.ones(rows, 1),
-            "size": [[16, 16]] * rows,
-            "prompt_embeds": torch.zeros(rows, 1, 1),
-            "pooled_prompt_embeds": torch.zeros(rows, 1),
-            "job": b"a",
-        }
 
+def _given(rows: int = 1, job: bytes = b"a") -> dict:
+    return {
+        "latents": torch.zeros(rows, 1, 1),
+        "timestep": torch.ones(rows, 1),
+        "size": [[16, 16]] * rows,
+        "prompt_embeds": torch.zeros(rows, 1, 1),
+        "pooled_prompt_embeds": torch.zeros(rows, 1),
+        "job": job,
+    }
+
+
+def test_the_transformer_says_whose_fault_it_is_and_forgets_what_it_refused(
+    transformer, monkeypatch
+):
     def full(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    unnamed, large, unlucky = Asked(cancel=True), Asked(**given(3)), Asked(**given(1))
-    model.execute([unnamed, large])
-    monkeypatch.setattr(model, "own", full)
-    model.execute([unlucky])
-    model.finalize()
+    unnamed, large, unlucky = Asked(cancel=True), Asked(**_given(3)), Asked(**_given())
+    none = Asked(**_given() | {"timestep": torch.ones(1, 0), "step_lengths": torch.ones(1, 0)})
+    transformer.execute([unnamed, large, none])
+    monkeypatch.setattr(transformer, "own", full)
+    transformer.execute([unlucky])
     assert unnamed.errors == [
         "INVALID_ARGUMENT: job: found nothing, expected the name of the job to cancel"
     ]
     assert large.errors == ["INVALID_ARGUMENT: latents: found 3 rows, expected at most 2"]
+    assert none.errors == ["INVALID_ARGUMENT: timestep: found 0, expected 1 to 100"]
     assert unlucky.errors == ["INTERNAL: CUDA out of memory"]
-    assert model.running == {} and not model.cancelled
+    assert transformer.running == {} and not transformer.cancelled
+
+
+def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
+    """The orchestrator's calls run in threads; only the newest names are kept."""
+    cancel = [Asked(job=name, cancel=True) for name in (b"a", b"b")]
+    late, other = Asked(**_given()), Asked(**_given(job=b"c"))
+    transformer.execute([*cancel, late, other])
+    assert late.errors == ["CANCELLED: cancelled before it came"]
+    assert other.errors == [] and transformer.running == {"c": 1}
+    here, gone = (Asked(job=name, cancel=False) for name in (b"c", b"a"))
+    transformer.execute([here, gone])
+    assert here.errors == []
+    assert gone.errors == ["INVALID_ARGUMENT: job: found none of this name that runs"]
+    transformer.execute([Asked(job=b"d", cancel=True), again := Asked(**_given())])
+    assert again.errors == []
+
+
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("failing", ["making", "sending"])
+def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, failing, progress):
+    sender = Sender(room=failing == "making")
+
+    def outgoing(name: str, tensor):
+        if failing == "making":
+            raise RuntimeError("CUDA error")
+        return name
+
+    monkeypatch.setattr(parts, "outgoing", outgoing)
+    transformer.denoiser.forward = lambda **inputs: inputs["latents"]
+    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2), "progress": progress}
+    given |= {name: value for name, value in _given().items() if name not in given}
+    transformer._take(parts.Inputs(Asked(**given)), sender)
+    assert sender.ended.wait(600)
+    words = {"making": "CUDA error", "sending": "no shared memory"}[failing]
+    assert (sender.errors, sender.closed) == ([f"INTERNAL: {words}"], True)
+
+
+def test_a_caller_that_takes_no_answers_stops_nobody_else(transformer, monkeypatch):
+    """One whose process died: Triton's sender waits for it for ever."""
+    monkeypatch.setattr(parts, "outgoing", lambda name, tensor: name)
+    gate, other = threading.Event(), Sender(True)
+    dead = SimpleNamespace(send=lambda *response, flags=0: gate.wait(600))
+    transformer.denoiser.forward = lambda **inputs: inputs["latents"]
+    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2), "progress": True}
+    for sender in (dead, other):
+        transformer._take(parts.Inputs(Asked(**_given() | given)), sender)
+    assert other.ended.wait(600) and other.sent == 2 and not other.errors
+    gate.set()
+
+
+class OnGpu:
+    """Stands for a tensor of a GPU, whose copies are made later: says in `told` what is asked."""
+
+    is_cuda, device = True, "cuda:0"
+
+    def __init__(self, told: list) -> None:
+        self.told = told
+
+    def to(self, device: str, copy: bool) -> torch.Tensor:
+        self.told.append(("copy", device, copy))
+        return torch.zeros(1)
+
+
+def test_what_a_gpu_copies_is_waited_for_before_its_source_goes(transformer, monkeypatch):
+    """Triton gives the input's memory to another request as soon as execute() returns."""
+    told: list = []
+    stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    given = {"latents": OnGpu(told), "timestep": torch.ones(1)}
+    inputs = SimpleNamespace(tensor=given.get)
+    assert transformer.own(inputs, "latents") is not None
+    assert told == [("copy", "cpu", True), "waited"]
+    assert transformer.own(inputs, "timestep").data_ptr() != given["timestep"].data_ptr()
+    assert transformer.own(inputs, "guidance") is None and told[2:] == []
 
 
 def test_the_health_of_all_takes_as_long_as_that_of_one(monkeypatch):
-    health, gate = _model("deep_health"), threading.Event()
+    health, gate = model_of("deep_health"), threading.Event()
     answers = {"one": torch.zeros(1), "two": torch.full((1,), float("nan"))}
 
     def call(name: str) -> torch.Tensor:
         if name == "dead":
             raise RuntimeError("its stub\nis dead")
-        return answers.get(name) if name in answers else gate.wait(10)
+        return answers.get(name) if name in answers else gate.wait(600)
+
+    waits = []
+
+    def wait(asked: list, seconds: float) -> None:  # as long as those take that answer
+        waits.append((len(asked), seconds))
+        futures.wait([one for one, name in zip(asked, names, strict=True) if "hangs" not in name])
 
     monkeypatch.setattr(health, "call", call)
+    monkeypatch.setattr(health, "wait", wait)
     model = health.TritonPythonModel()
     names = ["one", "hangs", "two", "dead", "hangs too"]
     model.requests, model.timeout_s = dict.fromkeys(names, ()), 0.5
-    start = time.perf_counter()
     words = model._ask(names)
     gate.set()
     silent = "no answer within 0.5 s"
     assert words == ["", silent, "answered with NaN or infinity", "its stub is dead", silent]
-    assert time.perf_counter() - start < 0.9
+    assert waits == [(5, 0.5)]  # one limit for all

@@ -1,13 +1,14 @@
 """The real server in every mode, with both checkpoints and dtypes. Slow: a server each."""
 
 import os
+import re
 import signal
 import subprocess
 import threading
-import time
 
 import numpy as np
 import pytest
+from test_errors import wait_for
 
 from tests.triton_server import ENV, NEEDS_ENV, Served
 from triton_models.parts import HEALTH, MODELS, ROOT
@@ -153,13 +154,11 @@ def test_every_model_that_dies_is_loaded_again(tmp_path):
     try:
         with Client(server.grpc) as client:
             picture = _pixels(client, **_fields(0))
-            for number, model in enumerate((*MODELS, HEALTH), 1):
+            for model in (*MODELS, HEALTH):
                 (stub,) = server.stubs(model)
                 os.kill(stub, signal.SIGKILL)
-                end = time.monotonic() + 180
-                while server.words.read_text().count("loaded again") < number:
-                    assert time.monotonic() < end, (model, server.words.read_text())
-                    time.sleep(0.2)
+                said = re.compile(f"{model}.*loaded again")
+                wait_for(lambda said=said: said.search(server.words.read_text()))
                 assert np.array_equal(_pixels(client, **_fields(0)), picture), model
     finally:
         assert server.stop() == 0

@@ -76,7 +76,7 @@ def test_prometheus_finds_data_for_every_panel(tmp_path):
         )
     try:
         server.wait()
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         with Client(server.grpc) as client:
             while missing := _without_data(port):
                 assert time.monotonic() < end, (missing, (tmp_path / "prometheus.log").read_text())

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import tomllib
 from pathlib import Path
 
@@ -75,6 +74,15 @@ def test_wrong_fields_are_named(args, fields, words):
     with pytest.raises(ValueError) as caught:
         requests.read(Given(**{"prompt": [b"a"]} | fields), args, requests.Limits())
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bounds_of_all_models_are_lowered_alone_and_not_raised():
+    """A raised one would pass the orchestrator and fail in the transformer, as its own error."""
+    assert requests.Limits.read({"max_steps": "50", "timeout_s": "9000"}).max_steps == 50
+    with pytest.raises(ValueError, match="max_steps: found 200, expected at most 100: the other"):
+        requests.Limits.read({"max_steps": "200"})
+    with pytest.raises(ValueError, match="max_pixels: found 4194305, expected at most 4194304"):
+        requests.Limits.read({"max_pixels": "4194305"})
 
 
 def test_guidance_is_refused_where_there_is_no_embedding():
@@ -173,22 +181,28 @@ def test_without_the_client_nothing_is_started(monkeypatch):
 
 
 def test_an_impatient_ctrl_c_does_not_cut_the_clean_up_short(monkeypatch):
-    monkeypatch.setattr(serve, "STOP_S", 1)
+    monkeypatch.setattr(serve, "STOP_S", 0.1)
     before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
     serve.end_by_signals()
     server = serve.Server(*serve.parse_args([]))
     server.process = subprocess.Popen(  # a server that takes its time
-        ["sh", "-c", "trap '' TERM; echo; sleep 60"], stdout=subprocess.PIPE, start_new_session=True
+        ["sh", "-c", "trap '' TERM; echo; sleep 99"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     server.process.stdout.readline()
     left = Path("/dev/shm") / f"{server.region}left"
     left.touch()
-    second = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    second.start()
+    patient = server.process.wait
+
+    def wait(seconds: float | None = None) -> int:
+        os.kill(os.getpid(), signal.SIGINT)  # the second one, amid the clean-up
+        return patient(seconds)
+
+    monkeypatch.setattr(server.process, "wait", wait)
     try:
         server.stop()
     finally:
-        second.join()
         for stop, handler in before.items():
             signal.signal(stop, handler)
         server.process.kill()
@@ -209,6 +223,70 @@ def test_the_server_sees_one_gpu(tmp_path, monkeypatch, given, shown):
     monkeypatch.setattr(serve.subprocess, "Popen", lambda command, **how: started.update(how))
     serve.Server(*serve.parse_args(["--ckpt", "tiny-dev"])).start()
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == shown
+
+
+def test_calls_leave_threads_for_answers_and_cancellations(tmp_path, monkeypatch):
+    """Triton's own number of threads is the default's number of requests in flight."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(repository, "environment", lambda env: env / "bin" / "python3")
+    monkeypatch.setattr(repository, "write_backend", lambda folder, env: env / "tritonserver")
+    monkeypatch.setattr(serve.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(serve.subprocess, "Popen", lambda command, **how: commands.append(command))
+    args, flags = serve.parse_args(["--ckpt", "tiny-dev"])
+    serve.Server(args, flags).start()
+    flag = "--backend-config=python,thread-pool-size="
+    (size,) = [word.removeprefix(flag) for word in commands[0] if word.startswith(flag)]
+    calls = repository.CALLS_PER_REQUEST * args.max_in_flight
+    assert int(size) >= calls + 2 * args.max_in_flight
+    assert f"{flag}{size} " in (ROOT / "docs" / "serving.md").read_text()  # the container's
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
+def test_a_load_that_breaks_off_is_no_measurement(monkeypatch, error):
+    """Nor does it go on: the other client would wait for requests that are due in a year."""
+
+    class Broken:
+        def __init__(self, port: int) -> None: ...
+
+        def __enter__(self) -> "Broken":
+            return self
+
+        def __exit__(self, *error) -> None: ...
+
+        def generate(self, **fields) -> list:
+            raise error
+
+    monkeypatch.setattr(loadtest, "Client", Broken)
+    with pytest.raises(type(error)):
+        loadtest.run(loadtest.parse_args(["--requests", "9", "--clients", "2", "--rate", "3e-8"]))
+
+
+def test_a_silent_model_has_its_time_again_after_each_load(monkeypatch):
+    """It may be compiling, which a load each second would never let it finish."""
+    pytest.importorskip("tritonclient")
+    clock, loaded = [0.0], []
+
+    class Watched:
+        def __init__(self, port: int, key: str) -> None: ...
+
+        def __enter__(self) -> "Watched":
+            return self
+
+        def __exit__(self, *error) -> None: ...
+
+        def unhealthy(self) -> dict[str, str]:
+            return {"vae_decoder": "no answer within 30 s"}
+
+        def reload(self, name: str) -> None:
+            loaded.append((name, clock[0]))
+
+    monkeypatch.setattr(serve, "Client", Watched)
+    monkeypatch.setattr(serve.time, "monotonic", lambda: clock[0])
+    server = serve.Server(*serve.parse_args(["--timeout", "100"]))
+    for clock[0] in range(0, 260, 10):
+        server.heal()
+    server.folder.rmdir()
+    assert loaded == [("vae_decoder", 100), ("vae_decoder", 210)]
 
 
 def test_percentiles_are_latencies_that_were_seen():

@@ -1,7 +1,9 @@
 """One real tritonserver for the tests, started as a user starts it."""
 
 import contextlib
+import functools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,13 +24,24 @@ NEEDS_ENV = pytest.mark.skipif(
 )
 
 
+@functools.cache
+def _candidates() -> list[int]:
+    """List the ports below those that the system gives away, in an order of this process's own."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = list(range(max(1024, lowest - 20_000), lowest)) or list(range(20_000, 60_000))
+    random.Random(os.getpid()).shuffle(ports)
+    return ports
+
+
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody uses at the moment."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Find ports that nobody uses, and that nobody is given while a server loads its models."""
+    found: list[int] = []
+    while len(found) < count:
+        port = _candidates().pop()  # never given twice
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 class Served:
@@ -71,7 +84,7 @@ class Served:
     def post(self, path: str, body: bytes) -> bytes:
         """Send one HTTP request."""
         address = f"http://127.0.0.1:{self.http}{path}"
-        with urllib.request.urlopen(address, data=body, timeout=60) as answer:
+        with urllib.request.urlopen(address, data=body, timeout=600) as answer:
             return answer.read()
 
     def stubs(self, model: str) -> list[int]:
@@ -84,7 +97,7 @@ class Served:
         """End it as a service manager does. Returns: its exit code"""
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(90)
+            return self.process.wait(600)
         finally:
             if self.process.poll() is None:
                 self.process.kill()

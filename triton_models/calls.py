@@ -56,6 +56,18 @@ def call(model: str, inputs: dict, output: str) -> torch.Tensor:
 
 def cancel(job: str) -> None:
     """Stop a denoising job; nothing happens if it has ended."""
-    inputs = {"job": text(job), "cancel": torch.tensor([[True]])}
+    _of_job(job, True)
+
+
+def ask(job: str) -> None:
+    """Ask whether a denoising job runs.
+
+    Raises: RuntimeError if it does not, or if the transformer cannot be asked.
+    """
+    _of_job(job, False)
+
+
+def _of_job(job: str, cancelled: bool) -> None:
+    inputs = {"job": text(job), "cancel": torch.tensor([[cancelled]])}
     for _ in responses("dit_transformer", inputs, ["step"]):
         pass

@@ -16,6 +16,7 @@ from utils.errors import UserError, run_script
 from utils.steps import import_problem
 
 ORCHESTRATOR, HEALTH = "bls_orchestrator", "deep_health"
+SILENCE_S = 660.0  # the server's own limit is 600: a request whose process died is never ended
 TYPES = {  # request field -> Triton's type and numpy's
     "prompt": ("BYTES", "object"),
     "height": ("INT32", "int32"),
@@ -116,10 +117,10 @@ class Client:
             made.append(tensor)
         return made
 
-    def responses(self, inputs: list, timeout_s: float | None = None) -> Iterator:
+    def responses(self, inputs: list, timeout_s: float = SILENCE_S) -> Iterator:
         """Send one request and give its answers as they come; leaving the iterator cancels it.
 
-        Raises: ServerError for what the server refuses.
+        Raises: ServerError for what the server refuses; queue.Empty after timeout_s of silence.
         """
         from tritonclient.utils import InferenceServerException
 
@@ -145,7 +146,7 @@ class Client:
         self,
         prompt: str | list[str],
         on_step: Callable[[int, int], None] | None = None,
-        timeout_s: float | None = None,
+        timeout_s: float = SILENCE_S,
         **fields,
     ) -> list:
         """Make images; `on_step(step, steps)` is called as they come.
@@ -196,6 +197,8 @@ def main() -> None:
             images = client.generate(on_step=on_step, **fields)
     except ServerError as error:
         raise UserError(f"{error.code}: {error}" if error.code else str(error)) from None
+    except queue.Empty:
+        raise UserError(f"no answer within {SILENCE_S:g} s; ask again") from None
     for k, image in enumerate(images):
         path = target if len(images) == 1 else target.with_stem(f"{target.stem}_{k}")
         image.save(path)

@@ -9,7 +9,13 @@ import re
 from pathlib import Path
 
 from triton_models.parts import HEALTH, MODELS, ROOT
-from triton_models.requests import FORMATS, MAX_PROMPT_CHARACTERS, MAX_SEQUENCE_LENGTH, Limits
+from triton_models.requests import (
+    FORMATS,
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEQUENCE_LENGTH,
+    SHARED,
+    Limits,
+)
 
 PAGE = ROOT / "docs" / "serving-contract.md"
 TENSOR = re.compile(
@@ -35,7 +41,8 @@ MEANING = {
     "size": "height and width in pixels, multiples of 16",
     "progress": "an answer after every step as well",
     "job": "a name to cancel it by",
-    "cancel": "stop the job of this name; nothing else is read",
+    "cancel": "true: stop the jobs of this name, those that come later too; false without latents: "
+    "an error if none runs; nothing else is read",
     "noise_pred": "the velocity of one step, in the latents' shape",
     "step": "steps taken so far",
     "steps": "steps in all",
@@ -61,7 +68,7 @@ ERRORS = (  # model, code, when
         "more than max_in_flight requests, or not done after timeout_s: retry",
     ),
     ("bls_orchestrator", "CANCELLED", "the client left; the job stopped at its next step"),
-    ("bls_orchestrator", "INTERNAL", "a model failed: its own words"),
+    ("bls_orchestrator", "INTERNAL", "a model failed, or its process died: its own words"),
     (
         "clip_encoder, t5_encoder",
         "INVALID_ARGUMENT",
@@ -73,7 +80,7 @@ ERRORS = (  # model, code, when
         "an input is missing or beyond a bound; size no multiple of 16, or of another number of "
         "tokens than latents; guidance for a checkpoint without, or none for one with; N of "
         "timestep and step_lengths differ, or is not 1 without step_lengths; more rows than the "
-        "largest batch; cancel without job",
+        "largest batch; cancel without job, or false for a job that does not run",
     ),
     ("dit_transformer", "CANCELLED", "a request of its `job` with `cancel` came"),
     (
@@ -123,6 +130,8 @@ def page() -> str:
         "inference input), an unknown field of an HTTP generate request by the orchestrator.",
         "| bound | default (`parameters` of bls_orchestrator) |\n| --- | --- |\n"
         + "\n".join(f"| {name} | {value} |" for name, value in limits.items()),
+        f"{' and '.join(SHARED)} can be lowered there; with a raised one the model does not load, "
+        "since the transformer and the decoder have them too (triton_models/requests.py).",
         "| model | code | when |\n| --- | --- | --- |\n"
         + "\n".join(f"| {names} | {code} | {when} |" for names, code, when in ERRORS),
         "The words of an error begin with its code, since a gRPC stream carries no other. Called "

@@ -13,6 +13,7 @@ import re
 import threading
 import time
 import urllib.request
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from triton_models.client import Client, ServerError
@@ -87,23 +88,27 @@ def run(args: argparse.Namespace) -> tuple[Outcome, float]:
     """Send the load. Returns: the outcome and the seconds that it took"""
     work: queue.SimpleQueue = queue.SimpleQueue()
     outcome, lock, start = Outcome(), threading.Lock(), time.perf_counter()
+    stopped = threading.Event()
     for number in range(args.requests):
         due = start + number / args.rate if args.rate else start
         work.put((due, request(number, args)))
 
     def client_loop() -> None:
         with Client(args.grpc_port) as client:
-            while not work.empty():
+            while not stopped.is_set():
                 try:
                     due, fields = work.get_nowait()
                 except queue.Empty:
                     return
-                time.sleep(max(0.0, due - time.perf_counter()))
+                if stopped.wait(max(0.0, due - time.perf_counter())):
+                    return
                 begun = due if args.rate else time.perf_counter()  # waiting for a thread counts
                 try:
                     images, error = len(client.generate(**fields)), None
                 except ServerError as found:
                     images, error = 0, found.code or str(found)
+                except queue.Empty:
+                    images, error = 0, "no answer"
                 with lock:
                     outcome.images += images
                     if error is None:
@@ -111,11 +116,14 @@ def run(args: argparse.Namespace) -> tuple[Outcome, float]:
                     else:
                         outcome.errors[error] = outcome.errors.get(error, 0) + 1
 
-    threads = [threading.Thread(target=client_loop) for _ in range(args.clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(args.clients) as threads:
+        clients = [threads.submit(client_loop) for _ in range(args.clients)]
+        try:
+            wait(clients, return_when=FIRST_EXCEPTION)
+        finally:
+            stopped.set()
+    for client in clients:
+        client.result()  # what ended one by surprise is no measurement
     return outcome, time.perf_counter() - start
 
 

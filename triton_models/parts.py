@@ -158,6 +158,23 @@ def outgoing(name: str, tensor):
     return pb_utils.Tensor.from_dlpack(name, tensor.detach().contiguous())
 
 
+def send_last(sender, response) -> None:
+    """Send a request's last response; where it cannot be sent (shared memory is full), an error.
+
+    The final flag comes by itself: a sender that was given it takes nothing more, even if the
+    response that came with it was never sent, and its request would not end.
+    """
+    import triton_python_backend_utils as pb_utils
+
+    final = {"flags": pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL}
+    try:
+        sender.send(response)
+    except Exception as error:
+        sender.send(pb_utils.InferenceResponse([], error=failure(error)), **final)
+    else:
+        sender.send(**final)
+
+
 def failure(error: Exception, code: str = "INTERNAL"):
     """Give a Triton error of one line that begins with gRPC's name of its code."""
     import triton_python_backend_utils as pb_utils

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 STUBS = ("python3.10", "python3.11", "python3.12")  # that the wheel has a Python stub for
 CALLS_PER_REQUEST = 2  # threads of the orchestrator for each request in flight
+MESSAGES_PER_REQUEST = 2  # its answers; its refusal or cancellation
 
 
 def missing(env: Path) -> list[str]:
@@ -81,6 +82,15 @@ def write_repository(folder: Path, args: argparse.Namespace, flags: list[str]) -
         (folder / name).mkdir()
         (folder / name / "config.pbtxt").write_text(text)
         (folder / name / "1").symlink_to(HERE / name / "1")
+
+
+def pool_size(max_in_flight: int) -> int:
+    """Count the threads that Triton's Python backend needs for one model's calls and answers.
+
+    A call has one until its first answer, a denoising job so to its end: with fewer (32 by default)
+    neither an answer nor a refusal nor a cancellation leaves the model while that many run.
+    """
+    return (CALLS_PER_REQUEST + MESSAGES_PER_REQUEST) * max_in_flight + len(MODELS)
 
 
 def write_backend(folder: Path, env: Path) -> Path:

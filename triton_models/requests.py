@@ -9,6 +9,7 @@ from dataclasses import dataclass
 MAX_PROMPT_CHARACTERS = 8192  # far beyond 512 tokens of any language
 MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's
 FORMATS = ("png", "base64", "raw")
+SHARED = ("max_pixels", "max_steps")  # bounds that transformer and decoder check, too
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,19 @@ class Limits:
 
     @classmethod
     def read(cls, values: dict[str, str]) -> "Limits":
-        """Read those that are given, as text."""
-        return cls(**{n: type(getattr(cls, n))(v) for n, v in values.items() if hasattr(cls, n)})
+        """Read those that are given, as text.
+
+        Raises: ValueError in one line for a bound that the other models have as well, if raised.
+        """
+        given = {n: type(getattr(cls, n))(v) for n, v in values.items() if hasattr(cls, n)}
+        for name in SHARED:
+            found, most = given.get(name, 0), getattr(cls, name)
+            if found > most:
+                raise ValueError(
+                    f"{name}: found {found}, expected at most {most}: the other models have this "
+                    "bound as well; raise it in triton_models/requests.py"
+                )
+        return cls(**given)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 from triton_models import repository
 from triton_models.client import Client, missing_package
 from triton_models.parts import HEALTH, MODELS, ROOT
+from utils.errors import signals_later
 
 STOP_S = 30
 KEY_NAME = "admin-key"  # over gRPC: triton-grpc-protocol-admin-key
@@ -147,6 +148,7 @@ class Server:
             f"--backend-config=python,shm-region-prefix-name={self.region}",
             # 30 s by default: a stub on a busy machine needs longer, and the whole server aborts
             f"--backend-config=python,stub-timeout-seconds={args.timeout:.0f}",
+            f"--backend-config=python,thread-pool-size={repository.pool_size(args.max_in_flight)}",
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
             *loads,
@@ -159,7 +161,7 @@ class Server:
             "--exit-timeout-secs=10",
         ]
         self.log = args.log or self.folder / "server.log"
-        with open(self.log, "wb") as log:
+        with open(self.log, "wb") as log, signals_later():
             self.process = subprocess.Popen(
                 command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -198,6 +200,7 @@ class Server:
             for name, words in found.items():
                 if name in silent and now - self.silent[name] < self.args.timeout:
                     continue
+                self.silent.pop(name, None)  # a new process has its own time
                 try:
                     client.reload(name)
                     outcome = "loaded again"

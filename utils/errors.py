@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 REQUIRED = (  # what requirements.txt brings, as it is imported
     *("torch", "diffusers", "transformers", "torchao", "cache_dit", "accelerate", "peft"),
@@ -57,3 +58,25 @@ def run_script(main: Callable[[], None]) -> None:
 def _terminate(*_) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
     raise Terminated
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Keep SIGINT and SIGTERM back until the body is done, where they raise an exception.
+
+    For the start of a process: an exception before anybody has it would leave it running.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    raising = {number: handler for number, handler in handlers.items() if callable(handler)}
+    came: list[int] = []
+    for number in raising:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in raising.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.errors import Terminated
+from utils.errors import Terminated, signals_later
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run_benchmark.py"
 TOLD = 4000  # characters of what a failed row has said
@@ -35,22 +35,25 @@ def run_row(words: list[str], pictures: Path) -> dict:
 
 def _outputs(command: list[str]) -> tuple[int, str, str]:
     """Run a command to its end, or end it; subprocess.run would kill it amid its clean-up."""
-    process = subprocess.Popen(
-        command, cwd=SCRIPT.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    with process:
-        try:
-            out, errors = process.communicate()
-        except BaseException as error:
-            try:
-                told = isinstance(error, KeyboardInterrupt) and not isinstance(error, Terminated)
-                if not (told and _ended(process, PATIENCE_S / 5)):  # Ctrl-C reaches the row, too
-                    process.terminate()
-                    _ended(process, PATIENCE_S)
-            finally:
-                process.kill()
-            raise
-    return process.returncode, out, errors
+    started: list[subprocess.Popen] = []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    try:
+        with signals_later():
+            started.append(subprocess.Popen(command, cwd=SCRIPT.parent, **pipes))
+        out, errors = started[0].communicate()
+    except BaseException as error:
+        told = isinstance(error, KeyboardInterrupt) and not isinstance(error, Terminated)
+        for process in started:
+            with process:
+                try:
+                    # Ctrl-C reaches the row, too
+                    if not (told and _ended(process, PATIENCE_S / 5)):
+                        process.terminate()
+                        _ended(process, PATIENCE_S)
+                finally:
+                    process.kill()
+        raise
+    return started[0].returncode, out, errors
 
 
 def _ended(process: subprocess.Popen, seconds: float) -> bool:

@@ -155,13 +155,17 @@ def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     identity = identity_of_run(args, compiler_options(args)) | _about(args)
     identity["parts"] = [*components(pipeline), *(["text"] if args.compile_text_encoders else [])]
     package, lines = find(root, identity, STORED)
+    try:
+        made = package and package.files[STORED].read_bytes()
+    except FileNotFoundError:  # another process has just stored its own, or made room
+        package, lines = None, [f"{package.name}: removed by another process"]
     if package is None and args.use_cached_model:
         raise UserError(no_cached_model(lines))
     if package is None or args.force_export:
         if package is None and (why := damage(root, identity, lines)):
             say(NAME, why)
         return identity, True
-    torch.compiler.load_cache_artifacts(package.files[STORED].read_bytes())
+    torch.compiler.load_cache_artifacts(made)
     say(NAME, f"loaded {package.name}, {package.size / 2**20:.1f} MiB, from {root}")
     return identity, False
 

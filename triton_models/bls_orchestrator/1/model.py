@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from triton_models import calls, parts, requests
 from triton_models.components import Start
 from triton_models.metrics import Metrics
 from triton_models.pictures import encoded
+from triton_models.watch import Watch
 
 RETRY_S = 2
 JOB_NUMBERS = ("mean_batch", "forward_s", "queue_s")
@@ -65,8 +66,12 @@ class TritonPythonModel:
         self.limits = requests.Limits.read(values)
         self.metrics = Metrics()
         self.threads = ThreadPoolExecutor(self.limits.max_in_flight, "request")
-        self.callers = ThreadPoolExecutor(2 * self.limits.max_in_flight, "call")
+        self._new_callers()
         self.in_flight, self.lock = 0, threading.Lock()
+
+    def _new_callers(self) -> None:
+        """Take new threads for calls: those whose calls never end are lost."""
+        self.callers = ThreadPoolExecutor(2 * self.limits.max_in_flight, "call")
 
     def execute(self, incoming) -> None:
         for request in incoming:
@@ -109,18 +114,22 @@ class TritonPythonModel:
         except Exception as error:
             outcome = "failed"
             response = _response(error=parts.failure(error))
-        # Before the answer: whoever has it finds it counted, and his next request its place
-        with self.lock:
-            self.in_flight -= 1
-        if outcome == "ok":
-            self.metrics.images(wanted.images)
-        self.metrics.request(outcome)
-        _send(sender, response, last=True)
+        try:  # before the answer: whoever has it finds it counted, and his next request its place
+            with self.lock:
+                self.in_flight -= 1
+            if outcome == "ok":
+                self.metrics.images(wanted.images)
+            self.metrics.request(outcome)
+        finally:  # whatever became of the counters: without an answer the client waits for ever
+            if outcome == "ok":
+                parts.send_last(sender, response)
+            else:
+                _send(sender, response, last=True)
 
     def _make(self, wanted: requests.Wanted, sender, deadline: float) -> dict:
         """Take one request from prompts to the tensors of its last response."""
         with self.metrics.stage("prompt_encoding"):
-            embeds, pooled = self._encode(wanted)
+            embeds, pooled = self._encode(wanted, deadline)
         with self.metrics.stage("denoising"):
             latents = self._denoise(wanted, embeds, pooled, sender, deadline)
         if sender.is_cancelled():
@@ -133,11 +142,11 @@ class TritonPythonModel:
                 )
                 for part in latents
             ]
-            pixels = torch.cat([call.result().cpu() for call in decoded])
+            pixels = torch.cat([part.cpu() for part in self._results(decoded, deadline)])
         with self.metrics.stage("postprocessing"):
             return encoded(self.start.pipeline.image_processor, pixels, wanted.format)
 
-    def _encode(self, wanted: requests.Wanted) -> tuple[list, list]:
+    def _encode(self, wanted: requests.Wanted, deadline: float) -> tuple[list, list]:
         """Encode each prompt by itself, so that its bits do not depend on the others."""
         length = torch.tensor([[wanted.max_sequence_length]], dtype=torch.int32)
         texts = [calls.text(prompt) for prompt in wanted.prompts]
@@ -156,7 +165,26 @@ class TritonPythonModel:
             )
             for prompt in texts
         ]
-        return [call.result() for call in t5], [call.result() for call in clip]
+        found = self._results([*t5, *clip], deadline)
+        return found[: len(texts)], found[len(texts) :]
+
+    def _results(self, made: list[Future], deadline: float) -> list[torch.Tensor]:
+        """Wait for calls, but no longer than the request may take: a model may hang."""
+        try:
+            return [call.result(self._left(deadline)) for call in made]
+        except TimeoutError:
+            for call in made:
+                call.cancel()
+            raise self._late() from None
+
+    def _left(self, deadline: float) -> float:
+        if (left := deadline - time.perf_counter()) <= 0:
+            raise self._late()
+        return left
+
+    def _late(self) -> TimeoutError:
+        self._new_callers()
+        return TimeoutError(f"not done after {self.limits.timeout_s:g} s; retry later")
 
     def _denoise(self, wanted, embeds: list, pooled: list, sender, deadline: float) -> list:
         """Run one job for each image; progress as it comes, and a stop when the client leaves."""
@@ -179,26 +207,28 @@ class TritonPythonModel:
                 tensors["guidance"] = torch.tensor([[wanted.guidance]], dtype=torch.float32)
             jobs.append(self.callers.submit(_denoising_job, image, tensors, news.put))
         try:
-            return self._follow(wanted, sender, deadline, news)
+            return self._follow(wanted, sender, deadline, news, Watch(name))
         except BaseException:
             for job in jobs:
                 job.cancel()  # one that no thread has begun would run to its end for nobody
-            with contextlib.suppress(RuntimeError):  # a dead transformer has nothing to stop
-                calls.cancel(name)
+            # not waited for: a transformer that hangs does not answer this either
+            threading.Thread(target=_stop, args=(name,), daemon=True).start()
             raise
 
-    def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue) -> list:
+    def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue, watch) -> list:
         """Wait for all jobs; pass on the step that the slowest of them has reached."""
         steps, latents, told = [0] * wanted.images, [None] * wanted.images, 0
         while any(part is None for part in latents):
             if sender.is_cancelled():
                 raise Stopped(f"cancelled at step {min(steps)}")
-            if (left := deadline - time.perf_counter()) <= 0:
-                raise TimeoutError(f"not done after {self.limits.timeout_s:g} s; retry later")
             try:
-                heard = news.get(timeout=min(left, 0.2))
+                heard = news.get(timeout=min(self._left(deadline), 0.2))
             except queue.Empty:
+                if words := watch.lost():
+                    self._new_callers()
+                    raise RuntimeError(f"the transformer has lost the job; {words}") from None
                 continue
+            watch.news()
             if heard.error is not None:
                 raise heard.error
             steps[heard.image] = heard.step
@@ -232,12 +262,18 @@ def _send(sender, response, last: bool) -> None:
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
 
 
+def _stop(job: str) -> None:
+    with contextlib.suppress(RuntimeError):  # a dead transformer has nothing to stop
+        calls.cancel(job)
+
+
 def _denoising_job(image: int, inputs: dict, tell) -> None:
     """Follow one job in the transformer: tell its News, an error included."""
 
     def number(found: dict, name: str) -> float:
         return found[name].as_numpy().reshape(-1)[0].item()
 
+    latents = None
     try:
         for found in calls.responses("dit_transformer", inputs, JOB_OUTPUTS):
             step = number(found, "step")
@@ -246,6 +282,8 @@ def _denoising_job(image: int, inputs: dict, tell) -> None:
                 continue
             latents = torch.from_dlpack(found["latents"].to_dlpack())
             tell(News(image, step, latents, {name: number(found, name) for name in JOB_NUMBERS}))
+        if latents is None:
+            raise RuntimeError("dit_transformer: ended without latents")
     except Exception as error:
         tell(News(image, error=error))
 

@@ -17,8 +17,13 @@ one forward answers with `noise_pred`. `python model.py --ckpt tiny-dev` checks 
 itself against FluxPipeline.
 """
 
+import contextlib
+import queue
 import sys
 import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -29,6 +34,8 @@ from triton_models import parts
 from triton_models.components import Transformer
 from triton_models.denoiser import Cancelled, Denoiser, Job
 from triton_models.requests import MAX_SEQUENCE_LENGTH, Limits, size_problem
+
+REMEMBERED = 1024  # names of cancelled jobs: a cancellation may overtake its job
 
 
 def problems_of(inputs: parts.Inputs, guided: bool) -> str:
@@ -44,8 +51,8 @@ def problems_of(inputs: parts.Inputs, guided: bool) -> str:
     if ("guidance" in inputs) is not guided:
         return f"guidance: found {'one' if 'guidance' in inputs else 'none'}, expected the other"
     timestep, lengths = inputs.tensor("timestep"), inputs.tensor("step_lengths")
-    if timestep.shape[1] > Limits.max_steps:
-        return f"timestep: found {timestep.shape[1]}, expected at most {Limits.max_steps}"
+    if not 1 <= timestep.shape[1] <= Limits.max_steps:
+        return f"timestep: found {timestep.shape[1]}, expected 1 to {Limits.max_steps}"
     if lengths is None and timestep.shape[1] != 1:
         return f"timestep: found {timestep.shape[1]} without step_lengths, expected 1"
     if lengths is not None and lengths.shape != timestep.shape:
@@ -62,7 +69,8 @@ class TritonPythonModel:
         sizes = parts.batch_sizes(values)
         self.transformer = Transformer(args, sizes)
         self.denoiser = Denoiser(self.transformer, sizes)
-        self.cancelled: set[str] = set()
+        self.cancelled: set[str] = set()  # of those that run
+        self.stopped: deque[str] = deque(maxlen=REMEMBERED)
         self.running: dict[str, int] = {}
         self.lock = threading.Lock()
 
@@ -72,13 +80,18 @@ class TritonPythonModel:
             try:
                 self._take(parts.Inputs(request), sender)
             except Exception as error:
-                code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else "INTERNAL"
-                _reply(sender, error=parts.failure(error, code))
+                code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else _code(error)
+                _send(sender, _response(error=parts.failure(error, code)), last=True)
 
     def own(self, inputs: parts.Inputs, name: str):
         """Give a tensor that outlives execute(), after which Triton takes its memory back."""
         tensor = inputs.tensor(name)
-        return None if tensor is None else tensor.to(self.device, copy=True)
+        if tensor is None:
+            return None
+        own = tensor.to(self.device, copy=True)
+        if tensor.is_cuda:  # the copy is only queued, behind the forwards of others
+            torch.cuda.current_stream(tensor.device).synchronize()
+        return own
 
     def _take(self, inputs: parts.Inputs, sender) -> None:
         name = inputs.value("job", b"").decode()
@@ -86,25 +99,29 @@ class TritonPythonModel:
             if not name:  # jobs without a name are nobody's to stop
                 raise ValueError("job: found nothing, expected the name of the job to cancel")
             with self.lock:
+                self.stopped.append(name)
                 if name in self.running:
                     self.cancelled.add(name)
-            _reply(sender)
+            _send(sender, last=True)
+            return
+        if "cancel" in inputs and "latents" not in inputs:  # whether it is there
+            with self.lock:
+                if name not in self.running:
+                    raise ValueError("job: found none of this name that runs")
+            _send(sender, last=True)
             return
         if problem := problems_of(inputs, self.transformer.guided):
             raise ValueError(problem)
         height, width = inputs.values("size")[:2]
         progress = inputs.value("progress", False)
+        send = _in_order(sender) if "step_lengths" in inputs else partial(_send, sender)
 
         def here(tensor_name: str):
             return self.own(inputs, tensor_name)
 
         def after_step(job: Job) -> None:
             if progress:
-                _reply(
-                    sender,
-                    {"step": _column(job, job.step, torch.int32)},
-                    last=False,
-                )
+                send(_response({"step": _column(job, job.step, torch.int32)}))
 
         def done(job: Job, error: Exception | None) -> None:
             with self.lock:
@@ -112,21 +129,14 @@ class TritonPythonModel:
                 if not self.running[name]:
                     del self.running[name]
                     self.cancelled.discard(name)
+            if error is None:
+                try:
+                    response = _response(_answer(job))
+                except Exception as failed:  # a GPU says here what went wrong in the forward
+                    error = failed
             if error is not None:
-                code = "CANCELLED" if isinstance(error, Cancelled) else "INTERNAL"
-                _reply(sender, error=parts.failure(error, code))
-                return
-            mean = sum(job.batches) / len(job.batches)
-            _reply(
-                sender,
-                {
-                    "noise_pred" if job.lengths is None else "latents": job.latents,
-                    "step": _column(job, job.step, torch.int32),
-                    "mean_batch": _column(job, mean, torch.float32),
-                    "forward_s": _column(job, job.forward_s, torch.float32),
-                    "queue_s": _column(job, job.queue_s, torch.float32),
-                },
-            )
+                response = _response(error=parts.failure(error, _code(error)))
+            send(response, last=True)
 
         job = Job(
             here("latents"),
@@ -142,6 +152,8 @@ class TritonPythonModel:
             is_cancelled=lambda: name in self.cancelled,
         )
         with self.lock:  # done() waits for it
+            if name in self.stopped:
+                raise Cancelled("cancelled before it came")
             self.denoiser.submit(job)
             self.running[name] = self.running.get(name, 0) + 1
 
@@ -149,20 +161,64 @@ class TritonPythonModel:
         self.denoiser.close()
 
 
+def _code(error: Exception) -> str:
+    return "CANCELLED" if isinstance(error, Cancelled) else "INTERNAL"
+
+
+def _answer(job: Job) -> dict:
+    return {
+        "noise_pred" if job.lengths is None else "latents": job.latents,
+        "step": _column(job, job.step, torch.int32),
+        "mean_batch": _column(job, sum(job.batches) / len(job.batches), torch.float32),
+        "forward_s": _column(job, job.forward_s, torch.float32),
+        "queue_s": _column(job, job.queue_s, torch.float32),
+    }
+
+
 def _column(job: Job, value: float, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((job.rows, 1), value, dtype=dtype)
 
 
-def _reply(sender, tensors: dict | None = None, error=None, last: bool = True) -> None:
-    """Send one response; the last one also closes the request."""
+def _response(tensors: dict | None = None, error=None):
     import triton_python_backend_utils as pb_utils
 
     outputs = [parts.outgoing(name, tensor) for name, tensor in (tensors or {}).items()]
+    return pb_utils.InferenceResponse(outputs, error=error)
+
+
+def _send(sender, response=None, last: bool = False) -> None:
+    """Send one response; the last one, which may be none, also closes the request."""
+    import triton_python_backend_utils as pb_utils
+
     flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-    if not outputs and error is None:
-        sender.send(flags=flags)
-        return
-    sender.send(pb_utils.InferenceResponse(outputs, error=error), flags=flags)
+    sender.send(*([] if response is None else [response]), flags=flags)
+
+
+def _in_order(sender) -> Callable:
+    """Give a function that sends a job's responses from a thread of the job's own.
+
+    All but a call's first response wait in send() until the caller has taken them: of one whose
+    process died for ever, and the denoiser's thread has others' jobs.
+    """
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    threads: list[threading.Thread] = []
+
+    def work() -> None:
+        while True:
+            response, last = waiting.get()
+            if last:
+                parts.send_last(sender, response)
+                return
+            with contextlib.suppress(Exception):  # the job goes on, and its end is told
+                _send(sender, response)
+
+    def send(response, last: bool = False) -> None:
+        waiting.put((response, last))
+        if not threads:
+            threads.append(threading.Thread(target=work, daemon=True))
+            threads[0].start()
+
+    return send
 
 
 if __name__ == "__main__":
