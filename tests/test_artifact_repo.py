@@ -164,7 +164,8 @@ def test_what_torch_compile_has_made_is_fetched_the_same_way(hub):
     vars(args).update(
         prompt=["x"],
         num_images_per_prompt=1,
-        max_sequence_length=32,
+        text_tokens=32,
+        drop_text_padding=False,
         guidance_scale=None,
         cache_dit_config=None,
         compile_export_mode="compile",
