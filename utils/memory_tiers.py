@@ -110,7 +110,7 @@ def estimate(
     if tier != "full" and not on_cpu:
         weights -= encoders
         text = max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
-    step = _step_bytes(configs, work, base)
+    step = _step_bytes(work, base)
     if gguf_bytes:
         step += GGUF_BYTES_OF_A_WEIGHT * _largest(layers["transformer"])
     if tier in OFFLOADED and not on_cpu:
@@ -147,7 +147,7 @@ def _block(layers, part: str) -> tuple[int, int]:
     return number, total(here, "parameters") // number
 
 
-def _step_bytes(configs: dict, work: Work, base: int) -> float:
+def _step_bytes(work: Work, base: int) -> float:
     rows = next(x for x in work.layers["transformer"] if x.kind == "attention").shape.split(" x ")
     batch, heads, tokens, head = (int(n) for n in rows)
     return TENSORS_OF_A_STEP * base * batch * heads * tokens * head
