@@ -58,17 +58,6 @@ def parse_size(text: str) -> int | None:
     return int(float(number) * (1024 if binary else 1000) ** (2 if letter == "M" else 3))
 
 
-def free_bytes(args) -> int:
-    """Ask the device, or on a CPU the system, for what is free now."""
-    if args.machine.device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(args.device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def work_of(args, linear: str, text: str = "") -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
     image = args.pil_image

@@ -89,7 +89,7 @@ def check_room(args) -> None:
     exact = copy.copy(args)
     exact.disable_bf16 = True
     needed = estimate(args, "full").weights / GIB + estimate(exact, "full").gib
-    free = (parse_size(args.memory) or memory.free_bytes(args)) / GIB
+    free = (parse_size(args.memory) or memory.free_bytes(args.device)) / GIB
     if args.load_device == args.device and needed > free:
         raise UserError(
             f"--fp32_reference: fp32 beside the run's own weights needs {needed:.1f} GiB, found "
