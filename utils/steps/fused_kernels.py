@@ -30,10 +30,7 @@ def add_flags(parser) -> None:
 
 def lacking(machine: Machine) -> str:
     """Say why a machine cannot run the kernels; "" if it can."""
-    capability = machine.capability or (0, 0)
-    if machine.is_cuda and capability >= (8, 9):  # the first with float8 casts
-        return ""
-    return f"needs an NVIDIA GPU of capability 8.9 or newer, found {machine.short()}"
+    return machine.lacks((8, 9))  # the first with float8 casts
 
 
 def triton_problem() -> str:

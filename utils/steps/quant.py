@@ -74,8 +74,6 @@ def lacking(machine: Machine, dtype: str = "float8") -> str:
         if machine.is_cuda and capability >= (10, 0):
             return ""
         return f"{dtype} products need a Blackwell GPU (sm100 or newer), found {machine.short()}"
-    if machine.device == "cpu":
-        return "float8 products need a GPU of capability 8.9 or newer, found a CPU"
     if machine.hip is not None:  # gfx94x and gfx95x; MI200 reports 9.0 and has none
         if (9, 4) <= capability < (10, 0):
             return ""

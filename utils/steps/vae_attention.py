@@ -23,9 +23,7 @@ def add_flags(parser) -> None:
 
 def lacking(machine: Machine) -> str:
     """Say why a machine gains nothing from it; "" if it may."""
-    if machine.is_cuda and (machine.capability or (0, 0)) >= (8, 0):
-        return ""
-    return f"needs an NVIDIA GPU of capability 8.0 or newer, found {machine.short()}"
+    return machine.lacks((8, 0))
 
 
 def check(args) -> Verdict:
