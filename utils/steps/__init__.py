@@ -1,4 +1,4 @@
-"""One optimisation per file. Every step is a module with the same six names:
+"""One optimisation per file. Every step is a module with the same five names:
 
 NAME       the same word in its flag, the card, the results and the docs
 AFTER      names of the steps that must have been applied before it
@@ -71,3 +71,13 @@ def import_problem(package: str, *parts: str) -> str:
     except Exception as error:  # a build for another torch or machine fails in many ways
         return f"{package} is installed but broken: {type(error).__name__}: {error}".splitlines()[0]
     return ""
+
+
+def missing_triton(flag: str) -> str:
+    """Refuse a flag in one line without a usable triton; "" if there is one."""
+    if not (problem := import_problem("triton", "triton.language")):
+        return ""
+    return (
+        f"{flag}: found {problem}; expected the triton that belongs to torch: pip install triton, "
+        f"or leave out {flag}"
+    )

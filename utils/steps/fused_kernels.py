@@ -13,7 +13,7 @@ are quantised already, otherwise torchao quantises as before.
 """
 
 from utils.hardware import Machine
-from utils.steps import Verdict, import_problem, off, on, quant, refused, unavailable
+from utils.steps import Verdict, missing_triton, off, on, quant, refused, unavailable
 
 NAME = "fused_kernels"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
@@ -33,29 +33,19 @@ def lacking(machine: Machine) -> str:
     return machine.lacks((8, 9))  # the first with float8 casts
 
 
-def triton_problem() -> str:
-    """Import triton: what was found instead of a usable one; "" if nothing is wrong."""
-    return import_problem("triton", "triton.language")
-
-
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.fused_kernels:
         return off("no --fused_kernels")
-    reason = lacking(args.machine)
-    if reason:
+    if reason := lacking(args.machine):
         return unavailable(reason)
     if args.disable_fa3:
         return refused(
             "--fused_kernels: writes queries, keys and values for the attention op of fa3, found "
             "--disable_fa3; leave out one of the two"
         )
-    problem = triton_problem()
-    if problem:
-        return refused(
-            f"--fused_kernels: found {problem}; expected the triton that belongs to torch: "
-            "pip install triton, or leave out --fused_kernels"
-        )
+    if problem := missing_triton("--fused_kernels"):
+        return refused(problem)
     return on(float8=quant.check(args).settings.get("granularity") == "row")
 
 
