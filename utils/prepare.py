@@ -64,17 +64,11 @@ def settle_call(args) -> None:
     _settle_mode(args)
 
 
-def begin(args) -> tuple:
-    """Settle the run, print what it is, and load its pipeline, as both scripts do.
+def announce_and_load(args) -> tuple:
+    """Print what a settled run is, and load its pipeline.
 
     Returns: the pipeline, untouched by any step, and the seconds that loading took.
     """
-    prepare(args)
-    return announce_and_load(args)
-
-
-def announce_and_load(args) -> tuple:
-    """Print what a settled run is and load its pipeline: the second half of `begin`."""
     from utils.benchmark_utils import set_rand_seeds
     from utils.pipeline_utils import load_pipeline
     from utils.prompts import report_cut_prompts
