@@ -91,6 +91,8 @@ def _fill_in(args) -> None:
     args.height = args.height or args.checkpoint.native_size
     args.width = args.width or args.checkpoint.native_size
     args.num_inference_steps = args.num_inference_steps or defaults.steps
+    if args.guidance_scale is None:
+        args.guidance_scale = defaults.guidance
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
     args.text_tokens = args.max_sequence_length  # text_padding may need fewer
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
@@ -131,8 +133,6 @@ def _call_problems(args) -> list[str]:
             f"--guidance_scale {args.guidance_scale:g}: {args.checkpoint.name} has no guidance "
             "embedding; leave the flag out"
         )
-    if args.guidance_scale is None:
-        args.guidance_scale = kind.guidance
     if args.image and not kind.takes_image:
         problems.append(
             f"--image {args.image}: {args.checkpoint.name} takes no image (Kontext does, "
