@@ -24,6 +24,7 @@ from diffusers.utils import logging
 
 from utils.errors import UserError
 from utils.kernels.modulation import Constants, hoist
+from utils.steps import own_class
 
 logger = logging.get_logger(__name__)
 FLAG = "leave out --modulation_once"
@@ -59,8 +60,7 @@ def install(pipeline) -> None:
     if getattr(pipeline.transformer, "encoder_hid_proj", None) is not None:
         raise UserError(f"modulation: found an IP-adapter: {IP_ADAPTER}; {FLAG}")
     hoist(pipeline.transformer)
-    # A class of its own, of the same name: other pipelines stay as they are
-    pipeline.__class__ = type(found.__name__, (OwnLoop, found), {"__module__": found.__module__})
+    own_class(pipeline, OwnLoop)
 
 
 def scheduler_problem(scheduler) -> str:
@@ -117,7 +117,7 @@ def denoise(
 
 
 class OwnLoop:
-    """Stands before FluxPipeline or FluxKontextPipeline in a class of install()'s making."""
+    """Mixin before FluxPipeline or FluxKontextPipeline: their call with this module's loop."""
 
     loop_graph = None  # step `loop_graph` puts all of denoise() here
 

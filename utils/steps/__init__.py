@@ -59,6 +59,12 @@ def components(pipeline) -> dict:
     return {name: module for name, module in both.items() if module is not None}
 
 
+def own_class(pipeline, *mixins: type) -> None:
+    """Put mixins before a pipeline's class, in a class of the same name: others keep theirs."""
+    plain = type(pipeline)
+    pipeline.__class__ = type(plain.__name__, (*mixins, plain), {"__module__": plain.__module__})
+
+
 def import_problem(package: str, *parts: str) -> str:
     """Import a package, then parts of it: what was found instead; "" if nothing is wrong."""
     try:

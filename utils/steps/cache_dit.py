@@ -12,7 +12,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from utils.steps import Verdict, off, on, refused
+from utils.steps import Verdict, off, on, own_class, refused
 
 NAME = "cache_dit"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
@@ -177,9 +177,7 @@ def apply(pipeline, args) -> None:
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     if problem := _blocks_problem(cache, blocks, args.checkpoint.name):
         raise UserError(f"--cache_dit_config {args.cache_dit_config}: {problem}")
-    # cache-dit patches the pipeline's class: with one of its own, other pipelines stay as they are
-    plain = type(pipeline)
-    pipeline.__class__ = type(plain.__name__, (plain,), {"__module__": plain.__module__})
+    own_class(pipeline)  # which cache-dit patches
     calibrator = cache_dit.TaylorSeerCalibratorConfig(**taylor) if taylor else None
     cache_dit.enable_cache(
         pipeline, cache_config=cache_dit.DBCacheConfig(**cache), calibrator_config=calibrator
