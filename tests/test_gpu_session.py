@@ -43,7 +43,7 @@ def test_a_part_fits_a_call_and_its_flags_are_known(part, tmp_path, monkeypatch)
             monkeypatch.setattr(sys, "argv", script)
             args = run_benchmark.parse_arguments()
             if args.series:
-                listed = {"ladder": series.ladder, "peers": series.beside}
+                listed = {"ladder": series.ladder, "peers": series.peer_rows}
                 series.choose(listed.get(args.series, series.leave_one_out)(args), args.rows)
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"gpu.txt", "more.tar.gz"}
     assert not (tmp_path / "out" / "pictures").exists()

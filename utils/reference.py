@@ -43,7 +43,7 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
         pipeline = _load_plain(args, args.dtype)
     other = copy.copy(args)
     other.seed = args.seed + OTHER_SEED
-    with lora.beside(pipeline, args):
+    with lora.unfused(pipeline, args):
         eager = quality.run(pipeline, args, prompts)
         seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
     fp32 = None
@@ -51,7 +51,7 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
         exact = copy.copy(args)
         exact.dtype = torch.float32
         pipeline = _load_plain(args, exact.dtype)
-        with lora.beside(pipeline, exact), _noise_in(args.dtype, pipeline):
+        with lora.unfused(pipeline, exact), _noise_in(args.dtype, pipeline):
             fp32 = quality.run(pipeline, exact, prompts)
     made = {"eager": eager, "fp32": fp32, "other_seed_psnr_db": seed_db}
     _save(path, identity, made)

@@ -98,7 +98,7 @@ def leave_one_out(args) -> list[Row]:
     return rows
 
 
-def beside(args) -> list[Row]:
+def peer_rows(args) -> list[Row]:
     """List our own run as it was typed, then every peer on the same call."""
     from utils.peers import PEERS
 
@@ -150,7 +150,7 @@ def run_series(args, argv: list[str]) -> int:
     from utils.prepare import settle_call
 
     name = args.series
-    listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": beside}[name](args)
+    listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": peer_rows}[name](args)
     rows = choose(listed, args.rows)
     settled = copy.copy(args)  # the rows settle what was typed, each for itself
     settle_call(settled)
