@@ -1,11 +1,10 @@
 """The call of FluxPipeline and FluxKontextPipeline with a loop of its own: nothing constant in it.
 
 Before the loop: schedule, all steps' modulation, rotary embeddings, embedded text. In it: the
-transformer's one forward and the scheduler's four small operations, all of them queued without
-asking the device for anything; the bar counts queued steps, as diffusers' does. So the loop can be
-one graph (step `loop_graph`). Whatever needs the
-host between steps (callbacks), a second forward (true CFG) or other inputs (ControlNet,
-IP-adapter) is refused.
+transformer's forward and the scheduler's four small operations, queued without asking the device
+for anything, so that the loop can be one graph (step `loop_graph`). The progress bar counts queued
+steps, as diffusers' does. What needs the host between steps (callbacks), a second forward (true
+CFG) or other inputs (ControlNet, IP-adapter) is refused.
 
 Source: diffusers 0.42, pipeline_flux.py and pipeline_flux_kontext.py; a test compares every call.
 """

@@ -43,12 +43,12 @@ def weights(points: tuple[int, ...], at: int) -> list[float]:
 
 
 class MaskedForward:
-    """Stand before a transformer's forward: compute, or predict from what was computed.
+    """Replace a transformer's forward: compute a step, or predict it from the computed ones.
 
-    `mask_of` gives the mask for a number of steps, `order` is the polynomial's, `gain` the part of
-    the change it foretells that is believed; `table` gives the weights themselves instead, for each
-    predicted step those of the last computed ones, oldest first (utils/calibrate.py); `used` tells
-    what the last call did.
+    `mask_of(steps)` gives the mask. The prediction is a polynomial of degree `order`, `gain` times
+    the change that it foretells; or, where `table` is given, the sum with its weights: predicted
+    step -> those of the last computed steps, oldest first (utils/calibrate.py). `used` tells what
+    the last call did.
     """
 
     def __init__(
