@@ -95,10 +95,10 @@ def estimate(
     vae = base * (total(layers["vae_decoder"], "parameters") + total(encoder, "parameters"))
 
     on_cpu = args.machine.device == "cpu"
-    weights, text = vae + transformer + encoders, 0
+    weights, text_layer = vae + transformer + encoders, 0
     if tier != "full" and not on_cpu:
         weights -= encoders
-        text = max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
+        text_layer = max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
     step = _step_bytes(work, base)
     if gguf_bytes:
         step += GGUF_BYTES_OF_A_WEIGHT * _largest(layers["transformer"])
@@ -113,7 +113,7 @@ def estimate(
             held = embedders + BLOCKS_AT_ONCE * max(size for _, size in blocks)
         step += int(scale * held)
     moments = (
-        text + _text_bytes(configs["text_encoder_2"], work.call, base),
+        text_layer + _text_bytes(configs["text_encoder_2"], work.call, base),
         step,
         _vae_bytes(configs["vae"], args, work.call, tier, base),
     )
