@@ -70,7 +70,10 @@ STEPS = (
     step_mask,  # decides only whether that forward is called
 )
 # Of these, what changes a transformer's blocks and nothing else; `fused_projections`: the VAE's too
-OF_BLOCKS = ("fused_mlp", "fa3", "fused_kernels", "quant", "deferred_scales", "triton_float8")
+OF_BLOCKS = (
+    *("fused_mlp", "fa3", "fused_kernels", "quant"),
+    *("deferred_scales", "persistent_tma", "triton_float8"),
+)
 
 
 def load_pipeline(args):
