@@ -6,6 +6,7 @@ pipeline = optimize(load_pipeline(args), args)
 images = generate(pipeline, args)
 """
 
+from utils.errors import UserError
 from utils.steps import (
     cache_dit,
     channels_last,
@@ -96,8 +97,6 @@ def load_pipeline(args):
         pipeline = build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
         from safetensors import SafetensorError
-
-        from utils.errors import UserError
 
         cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
         source = args.checkpoint.path or args.checkpoint.name

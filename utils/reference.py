@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils import quality
+from utils.errors import UserError
 from utils.progress import say
 from utils.steps import lora
 
@@ -82,7 +83,6 @@ def check_room(args) -> None:
 
     Raises: UserError if it does not; weights that wait on the host leave it room.
     """
-    from utils.errors import UserError
     from utils.memory_tiers import GIB, estimate, parse_size
     from utils.steps import memory
 

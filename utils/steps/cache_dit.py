@@ -12,6 +12,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.steps import Verdict, off, on, own_class, refused
 
 NAME = "cache_dit"
@@ -169,8 +170,6 @@ def _blocks_problem(cache: dict, blocks: int, name: str) -> str:
 def apply(pipeline, args) -> None:
     """Wrap the transformer's blocks; cache-dit forgets between calls of the pipeline."""
     import cache_dit
-
-    from utils.errors import UserError
 
     cache, taylor = read_settings(args.cache_dit_config)
     transformer = pipeline.transformer  # of the hub perhaps with fewer blocks than published

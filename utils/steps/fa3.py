@@ -15,6 +15,7 @@ only: `fa4` on Hopper, in bf16.
 
 from collections.abc import Callable
 
+from utils.errors import UserError
 from utils.hardware import Machine
 from utils.steps import Verdict, missing_triton, off, refused
 
@@ -214,7 +215,6 @@ def apply(pipeline, args) -> None:
     """
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-    from utils.errors import UserError
     from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
 
     ours = (FluxAttnProcessor, FlashFusedFluxAttnProcessor3_0)

@@ -12,6 +12,7 @@ which finds the same Linears under the same names: with one scale per row they t
 are quantised already, otherwise torchao quantises as before.
 """
 
+from utils.errors import UserError
 from utils.hardware import Machine
 from utils.steps import Verdict, missing_triton, off, on, quant, refused, unavailable
 
@@ -56,7 +57,6 @@ def apply(pipeline, args) -> None:
     """
     from diffusers.models.transformers import transformer_flux
 
-    from utils.errors import UserError
     from utils.kernels import fused_blocks
     from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
     from utils.kernels.joint_projection import JointFluxSingleTransformerBlock

@@ -13,6 +13,7 @@ How many steps a type deserves is the user's choice (docs/memory.md); nothing ch
 
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.steps import Verdict, import_problem, off, on, refused
 
 NAME = "gguf"
@@ -64,7 +65,6 @@ def check(args) -> Verdict:
             f"--gguf_file: found {problem}; expected gguf 0.10 or newer: pip install gguf==0.19.0"
         )
     from utils import gguf_file
-    from utils.errors import UserError
     from utils.random_weights import configs_of
 
     try:

@@ -5,6 +5,7 @@ scale, exponential, sum and cast. By count at 1024x1024: 0.55 TFLOP either way; 
 some 26 GB through the second level cache, ours 3.2 GB through the memory. Unmeasured, so off.
 """
 
+from utils.errors import UserError
 from utils.hardware import Machine
 from utils.steps import Verdict, off, on, unavailable
 
@@ -40,7 +41,6 @@ def apply(pipeline, args) -> None:
 
     Raises: UserError if it has several heads, or norms that the processor does not know.
     """
-    from utils.errors import UserError
     from utils.kernels.vae_attention import ExplicitAttnProcessor
 
     for attn in pipeline.vae.decoder.mid_block.attentions:
