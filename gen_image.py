@@ -10,18 +10,14 @@ from utils.steps.memory import out_of_memory_explained
 
 
 def main() -> None:
-    """Parse, then make the images."""
+    """Parse, check, load, optimise, generate, save."""
     args = create_parser("Make images with every optimisation on.").parse_args()
-    with out_of_memory_explained(args):
-        make_images(args)
-
-
-def make_images(args) -> None:
-    """Check, load, optimise, generate, save."""
     quiet_libraries()
-    from utils.prepare import begin
+    from utils.prepare import announce_and_load, prepare
 
-    produce(*begin(args), args)
+    with out_of_memory_explained(args):
+        prepare(args)
+        produce(*announce_and_load(args), args)
 
 
 def produce(pipeline, load_s: float, args) -> None:

@@ -120,7 +120,7 @@ def as_machine(monkeypatch):
 
     def pretend(machine: hardware.Machine) -> None:
         free = int((machine.memory_gib or 512.0) * 2**30)
-        monkeypatch.setattr(memory, "free_bytes", lambda args: free)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
         monkeypatch.setattr(hardware, "detect", lambda device=None: machine)
 
     return pretend

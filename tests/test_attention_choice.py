@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.test_attention import BF16_TOLERANCE, head_errors, make, relative_error, truth
+from utils import steps
 from utils.hardware import Machine
 from utils.kernels import flash_attention as fa
 from utils.kernels.int8_attention import int8_attention
@@ -297,5 +298,5 @@ def test_flags_reach_the_table(monkeypatch):
     assert check(attention_backend="sdpa_cudnn").settings["backend"] == "sdpa_cudnn"
     assert check(disable_fa3=True).reason == "--disable_fa3"
     assert check(fa3_rotation=True).settings["rotation"] == "Hadamard"
-    monkeypatch.setattr(fa3, "import_problem", lambda *names: "no module triton")
+    monkeypatch.setattr(steps, "import_problem", lambda *names: "no module triton")
     assert "--fa3_rotation: found no module triton" in check(fa3_rotation=True).reason

@@ -12,8 +12,8 @@ from conftest import make_args
 
 from utils import calibrate, card, fit_mask, mask_file, quality
 from utils.errors import UserError
+from utils.masked_forward import MaskedForward
 from utils.pipeline_utils import load_pipeline, optimize, reused_steps
-from utils.reuse import MaskedForward
 
 STEPS = 9
 DEV = ("--ckpt", "tiny-dev", "--device", "cpu", "--max_sequence_length", "64")

@@ -20,7 +20,7 @@ def on_a_hopper_gpu() -> None:
 
     machine = hardware.Machine("cuda", "NVIDIA H200", (9, 0), memory_gib=139.0)
     hardware.detect = lambda device=None: machine
-    memory.free_bytes = lambda args: 139 * 2**30
+    memory.free_bytes = lambda device: 139 * 2**30
 
 
 def without_diffusers() -> None:

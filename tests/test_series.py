@@ -108,7 +108,7 @@ def test_rows_are_picked_by_name(monkeypatch):
 
 
 def test_peers_are_picked_with_or_without_their_prefix(monkeypatch):
-    rows = series.beside(arguments(monkeypatch, "--peers"))
+    rows = series.peer_rows(arguments(monkeypatch, "--peers"))
     for names in ("ours,diffusers-eager", "ours,peer:diffusers-eager"):
         assert [row.name for row in series.choose(rows, names)] == ["ours", "peer:diffusers-eager"]
 

@@ -12,8 +12,8 @@ from utils.benchmark_utils import StageClock, annotate_pipeline
 from utils.calls import only_known_calls
 from utils.cudagraph import GraphPool, wrap_components
 from utils.errors import UserError
+from utils.masked_forward import MaskedForward, install, weights
 from utils.pipeline_utils import generate, load_pipeline, optimize, reused_steps
-from utils.reuse import MaskedForward, install, weights
 from utils.steps import step_mask
 from utils.steps.step_mask import PRESETS, mask_of
 

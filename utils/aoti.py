@@ -69,7 +69,10 @@ class Component:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Name every live tensor as the exported program does. Nothing is copied."""
-        return _named_tensors(self.shell())
+        shell = self.shell()
+        named = dict(shell.named_parameters(remove_duplicate=False))
+        named.update(shell.named_buffers(remove_duplicate=False))
+        return {name: tensor.detach() for name, tensor in named.items()}
 
     def shell(self) -> torch.nn.Module:
         """Copy the module's structure around the same tensors, subclasses (float8) unwrapped.
@@ -116,12 +119,6 @@ def record_inputs(components: list[Component], run: Callable[[], object]) -> Non
     for component in components:
         if component.inputs is None:
             raise RuntimeError(f"export_aoti: the pipeline's call never reached {component.name}")
-
-
-def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    named = dict(module.named_parameters(remove_duplicate=False))
-    named.update(module.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def folded_values(weights: dict[str, torch.Tensor]) -> str | None:

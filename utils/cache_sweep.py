@@ -103,14 +103,14 @@ class Sweep:
 
     def __init__(self, argv: list[str]) -> None:
         """Settle the run, load its pipeline, apply its steps, and make its pictures."""
-        from utils import quality, reference, reuse
+        from utils import masked_forward, quality, reference
         from utils.pipeline_utils import load_pipeline, optimize
         from utils.prompts import quality_prompts
 
         self.argv, self.args = argv, _settle(argv)
         self.prompts = quality_prompts(self.args)[: self.args.quality_prompts]
         self.pipeline = optimize(load_pipeline(self.args), self.args)
-        reuse.install(self.pipeline, lambda steps: (True,) * steps, 0, 1.0)
+        masked_forward.install(self.pipeline, lambda steps: (True,) * steps, 0, 1.0)
         self.full, _ = self.run(self.pipeline, self.args)
         other = copy.copy(self.args)
         other.seed += reference.OTHER_SEED

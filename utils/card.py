@@ -74,7 +74,7 @@ def started() -> dict[str, float | str]:
 
 
 def busy(args) -> list[str]:
-    """Warn of a CPU that was busy when the run began; no line of one that was not, or of a GPU."""
+    """Warn of a CPU that was busy when the run began; no line for an idle one, or on a GPU."""
     load, cores = args.started.get("load_average", 0.0), os.cpu_count() or 1
     if args.machine.device != "cpu" or load <= cores / 2:
         return []
@@ -145,7 +145,7 @@ def call(args) -> dict:
 
 
 def _only_given(args) -> dict:
-    """Name what decides the picture and has no default: rows from before these flags stay equal."""
+    """Collect solver, sigmas and true CFG where they are given: older rows have none of them."""
     from utils import guidance
 
     chosen = {name: getattr(args, name) for name in ("scheduler", "sigmas")}

@@ -1,11 +1,10 @@
 """The call of FluxPipeline and FluxKontextPipeline with a loop of its own: nothing constant in it.
 
 Before the loop: schedule, all steps' modulation, rotary embeddings, embedded text. In it: the
-transformer's one forward and the scheduler's four small operations, all of them queued without
-asking the device for anything; the bar counts queued steps, as diffusers' does. So the loop can be
-one graph (step `loop_graph`). Whatever needs the
-host between steps (callbacks), a second forward (true CFG) or other inputs (ControlNet,
-IP-adapter) is refused.
+transformer's forward and the scheduler's four small operations, queued without asking the device
+for anything, so that the loop can be one graph (step `loop_graph`). The progress bar counts queued
+steps, as diffusers' does. What needs the host between steps (callbacks), a second forward (true
+CFG) or other inputs (ControlNet, IP-adapter) is refused.
 
 Source: diffusers 0.42, pipeline_flux.py and pipeline_flux_kontext.py; a test compares every call.
 """
@@ -24,6 +23,7 @@ from diffusers.utils import logging
 
 from utils.errors import UserError
 from utils.kernels.modulation import Constants, hoist
+from utils.steps import own_class
 
 logger = logging.get_logger(__name__)
 FLAG = "leave out --modulation_once"
@@ -59,8 +59,7 @@ def install(pipeline) -> None:
     if getattr(pipeline.transformer, "encoder_hid_proj", None) is not None:
         raise UserError(f"modulation: found an IP-adapter: {IP_ADAPTER}; {FLAG}")
     hoist(pipeline.transformer)
-    # A class of its own, of the same name: other pipelines stay as they are
-    pipeline.__class__ = type(found.__name__, (OwnLoop, found), {"__module__": found.__module__})
+    own_class(pipeline, OwnLoop)
 
 
 def scheduler_problem(scheduler) -> str:
@@ -117,7 +116,7 @@ def denoise(
 
 
 class OwnLoop:
-    """Stands before FluxPipeline or FluxKontextPipeline in a class of install()'s making."""
+    """Mixin before FluxPipeline or FluxKontextPipeline: their call with this module's loop."""
 
     loop_graph = None  # step `loop_graph` puts all of denoise() here
 

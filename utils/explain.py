@@ -82,7 +82,7 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
 def _settle(args, machine: Machine):
     """Do for a call on another machine what utils/prepare.py does for a run on this one."""
     from utils.checks import number_problems
-    from utils.prepare import open_image
+    from utils.prepare import fill_in, open_image
     from utils.steps import fa3, quant, subpixel_upsampling
 
     if problems := number_problems(args):
@@ -91,15 +91,11 @@ def _settle(args, machine: Machine):
     args.ckpt = args.ckpt or checkpoints.DEFAULT_CKPT["cuda"]
     published = args.ckpt in checkpoints.HUB_KINDS  # their configs are known: no need for the hub
     args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights or published)
-    defaults, size = args.checkpoint.defaults, args.checkpoint.native_size
-    args.prompt = args.prompt or [args.checkpoint.prompt]
-    args.height, args.width = args.height or size, args.width or size
-    args.num_inference_steps = args.num_inference_steps or defaults.steps
-    args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
-    args.text_tokens = args.max_sequence_length
+    fill_in(args)
     args.dtype = "torch.float32" if args.disable_bf16 else "torch.bfloat16"
-    args.pil_image = open_image(args) if defaults.takes_image else None
-    if defaults.takes_image and args.pil_image is None:
+    takes_image, size = args.checkpoint.defaults.takes_image, args.checkpoint.native_size
+    args.pil_image = open_image(args) if takes_image else None
+    if takes_image and args.pil_image is None:
         from PIL import Image
 
         args.pil_image = Image.new("RGB", (size, size))

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 
-from utils.reuse import MaskedForward
+from utils.masked_forward import MaskedForward
 
 LAST = 2  # computed velocities that a prediction is made of
 RIDGE = 1e-4  # of their Gram matrix' trace: two nearly equal velocities get no large weights

@@ -29,11 +29,6 @@ def add_flags(add) -> None:
     add("--negative_prompt", help="what to push away from (may be empty); with --true_cfg_scale")
 
 
-def is_true_cfg(args) -> bool:
-    """Whether every step runs the transformer twice."""
-    return args.true_cfg_scale is not None
-
-
 def problems(args) -> list[str]:
     """Refuse half of the pair, and scales that diffusers would leave out silently."""
     return [*_guidance_problems(args), *_true_cfg_problems(args)]
@@ -69,7 +64,7 @@ def _true_cfg_problems(args) -> list[str]:
 
 def call(args) -> dict:
     """Give what the pipeline's call takes for it: one negative prompt for each prompt."""
-    if not is_true_cfg(args):
+    if args.true_cfg_scale is None:
         return {}
     return {
         "true_cfg_scale": args.true_cfg_scale,

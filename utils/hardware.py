@@ -27,6 +27,13 @@ class Machine:
         """Whether FlashAttention-3's kernels exist for this device (sm90, not AMD's 9.x)."""
         return self.is_cuda and self.capability is not None and self.capability[0] == 9
 
+    def lacks(self, capability: tuple[int, int]) -> str:
+        """Say that this is no NVIDIA GPU of such a capability or a newer one; "" if it is."""
+        if self.is_cuda and (self.capability or (0, 0)) >= capability:
+            return ""
+        major, minor = capability
+        return f"needs an NVIDIA GPU of capability {major}.{minor} or newer, found {self.short()}"
+
     def short(self) -> str:
         """Name the device with what decides for or against a step."""
         if self.device == "cpu":

@@ -1,4 +1,15 @@
-"""Memory of a run, on the device and on the host: peaks and weights."""
+"""Memory of a run, on the device and on the host: what is free, peaks and weights."""
+
+
+def free_bytes(device: str) -> int:
+    """Ask the device, or on a CPU the system, for what is free now."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def reset_peak_memory(device: str) -> None:

@@ -58,17 +58,6 @@ def parse_size(text: str) -> int | None:
     return int(float(number) * (1024 if binary else 1000) ** (2 if letter == "M" else 3))
 
 
-def free_bytes(args) -> int:
-    """Ask the device, or on a CPU the system, for what is free now."""
-    if args.machine.device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(args.device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def work_of(args, linear: str, text: str = "") -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
     image = args.pil_image
@@ -106,11 +95,11 @@ def estimate(
     vae = base * (total(layers["vae_decoder"], "parameters") + total(encoder, "parameters"))
 
     on_cpu = args.machine.device == "cpu"
-    weights, text = vae + transformer + encoders, 0
+    weights, text_layer = vae + transformer + encoders, 0
     if tier != "full" and not on_cpu:
         weights -= encoders
-        text = max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
-    step = _step_bytes(configs, work, base)
+        text_layer = max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
+    step = _step_bytes(work, base)
     if gguf_bytes:
         step += GGUF_BYTES_OF_A_WEIGHT * _largest(layers["transformer"])
     if tier in OFFLOADED and not on_cpu:
@@ -124,7 +113,7 @@ def estimate(
             held = embedders + BLOCKS_AT_ONCE * max(size for _, size in blocks)
         step += int(scale * held)
     moments = (
-        text + _text_bytes(configs["text_encoder_2"], work.call, base),
+        text_layer + _text_bytes(configs["text_encoder_2"], work.call, base),
         step,
         _vae_bytes(configs["vae"], args, work.call, tier, base),
     )
@@ -147,7 +136,7 @@ def _block(layers, part: str) -> tuple[int, int]:
     return number, total(here, "parameters") // number
 
 
-def _step_bytes(configs: dict, work: Work, base: int) -> float:
+def _step_bytes(work: Work, base: int) -> float:
     rows = next(x for x in work.layers["transformer"] if x.kind == "attention").shape.split(" x ")
     batch, heads, tokens, head = (int(n) for n in rows)
     return TENSORS_OF_A_STEP * base * batch * heads * tokens * head

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from utils.hardware import Machine
+from utils.memory import free_bytes
 
 LIMIT_S = 0.3  # of one measurement in measure_ceilings(): what a CPU needs for a large product
 
@@ -194,20 +195,10 @@ def _float8(device: str, n: int) -> Callable[[], object]:
     )
 
 
-def _free_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def _product_rate(device: str, prepare: Callable[[int], Callable[[], object]]) -> float:
     """Give the best rate of growing square products. Units: TFLOP/s."""
     best, n, seconds = 0.0, 256, 0.0
-    while n <= 16384 and 8 * seconds < LIMIT_S and 12 * n * n < _free_bytes(device) // 4:
+    while n <= 16384 and 8 * seconds < LIMIT_S and 12 * n * n < free_bytes(device) // 4:
         seconds = _seconds(prepare(n), device)
         best = max(best, 2 * n**3 / seconds / 1e12)
         n *= 2
@@ -219,7 +210,7 @@ def _copy_rate(device: str) -> tuple[float, int]:
     import torch
 
     wanted = 1024 if device.startswith("cuda") else 512
-    mib = max(1, min(wanted, _free_bytes(device) // 8 // 2**20))
+    mib = max(1, min(wanted, free_bytes(device) // 8 // 2**20))
     source = torch.ones(mib * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * mib * 2**20 / _seconds(lambda: target.copy_(source), device) / 1e12, mib

@@ -6,6 +6,7 @@ pipeline = optimize(load_pipeline(args), args)
 images = generate(pipeline, args)
 """
 
+from utils.errors import UserError
 from utils.steps import (
     cache_dit,
     channels_last,
@@ -70,7 +71,10 @@ STEPS = (
     step_mask,  # decides only whether that forward is called
 )
 # Of these, what changes a transformer's blocks and nothing else; `fused_projections`: the VAE's too
-OF_BLOCKS = ("fused_mlp", "fa3", "fused_kernels", "quant", "deferred_scales", "triton_float8")
+OF_BLOCKS = (
+    *("fused_mlp", "fa3", "fused_kernels", "quant"),
+    *("deferred_scales", "persistent_tma", "triton_float8"),
+)
 
 
 def load_pipeline(args):
@@ -93,8 +97,6 @@ def load_pipeline(args):
         pipeline = build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
         from safetensors import SafetensorError
-
-        from utils.errors import UserError
 
         cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
         source = args.checkpoint.path or args.checkpoint.name

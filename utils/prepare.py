@@ -49,6 +49,8 @@ def settle_call(args) -> None:
     if not args.ckpt_is_default:
         args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
 
+    import torch
+
     from utils.hardware import detect
 
     args.machine = detect(args.device)
@@ -57,24 +59,19 @@ def settle_call(args) -> None:
         args.ckpt = checkpoints.DEFAULT_CKPT[args.machine.device]
         args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
     acceleration.settle(args)
-    _fill_in(args)
+    fill_in(args)
+    args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
     if problems := _call_problems(args):
         raise UserError("\n".join(problems))
     args.pil_image = open_image(args)
     _settle_mode(args)
 
 
-def begin(args) -> tuple:
-    """Settle the run, print what it is, and load its pipeline, as both scripts do.
+def announce_and_load(args) -> tuple:
+    """Print what a settled run is, and load its pipeline.
 
     Returns: the pipeline, untouched by any step, and the seconds that loading took.
     """
-    prepare(args)
-    return announce_and_load(args)
-
-
-def announce_and_load(args) -> tuple:
-    """Print what a settled run is and load its pipeline: the second half of `begin`."""
     from utils.benchmark_utils import set_rand_seeds
     from utils.pipeline_utils import load_pipeline
     from utils.prompts import report_cut_prompts
@@ -88,26 +85,24 @@ def announce_and_load(args) -> tuple:
     return pipeline, load_s
 
 
-def _fill_in(args) -> None:
-    """Set the defaults that depend on the checkpoint and the device."""
-    import torch
-
-    defaults = args.checkpoint.defaults
+def fill_in(args) -> None:
+    """Set what the flags leave open of the call to the checkpoint's own."""
+    defaults, size = args.checkpoint.defaults, args.checkpoint.native_size
     args.prompt = args.prompt or [args.checkpoint.prompt]
-    args.height = args.height or args.checkpoint.native_size
-    args.width = args.width or args.checkpoint.native_size
+    args.height, args.width = args.height or size, args.width or size
     args.num_inference_steps = args.num_inference_steps or defaults.steps
+    if args.guidance_scale is None:
+        args.guidance_scale = defaults.guidance
     args.max_sequence_length = args.max_sequence_length or defaults.max_sequence_length
     args.text_tokens = args.max_sequence_length  # text_padding may need fewer
-    args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
-    args.typed_scope = args.compile_scope
-    args.compile_scope = args.compile_scope or ("blocks" if args.cache_dit_config else "full")
 
 
 def _settle_mode(args) -> None:
     """Choose the memory tier, and with it the default of the compile mode."""
     from utils.steps import compile, gguf, memory, quant
 
+    typed_scope = args.compile_scope
+    args.compile_scope = typed_scope or ("blocks" if args.cache_dit_config else "full")
     memory.settle(args)
     args.mode_reason = ""
     if args.compile_export_mode is None:
@@ -119,8 +114,8 @@ def _settle_mode(args) -> None:
             why = f"the default with --quant_dtype {args.quant_dtype}, which cannot be exported"
             mode = "compile", why
         args.compile_export_mode, args.mode_reason = mode
-    if args.compile_export_mode == "disabled" and args.typed_scope:  # a ladder's rows share flags
-        without = f"--compile_scope {args.typed_scope} has no effect"
+    if args.compile_export_mode == "disabled" and typed_scope:  # a ladder's rows share flags
+        without = f"--compile_scope {typed_scope} has no effect"
         args.mode_reason = f"{args.mode_reason}; {without}" if args.mode_reason else without
 
 
@@ -137,8 +132,6 @@ def _call_problems(args) -> list[str]:
             f"--guidance_scale {args.guidance_scale:g}: {args.checkpoint.name} has no guidance "
             "embedding; leave the flag out"
         )
-    if args.guidance_scale is None:
-        args.guidance_scale = kind.guidance
     if args.image and not kind.takes_image:
         problems.append(
             f"--image {args.image}: {args.checkpoint.name} takes no image (Kontext does, "

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils import quality
+from utils.errors import UserError
 from utils.progress import say
 from utils.steps import lora
 
@@ -43,7 +44,7 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
         pipeline = _load_plain(args, args.dtype)
     other = copy.copy(args)
     other.seed = args.seed + OTHER_SEED
-    with lora.beside(pipeline, args):
+    with lora.unfused(pipeline, args):
         eager = quality.run(pipeline, args, prompts)
         seed_db = quality.mean_psnr_db(quality.run(pipeline, other, prompts).images, eager.images)
     fp32 = None
@@ -51,7 +52,7 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
         exact = copy.copy(args)
         exact.dtype = torch.float32
         pipeline = _load_plain(args, exact.dtype)
-        with lora.beside(pipeline, exact), _noise_in(args.dtype, pipeline):
+        with lora.unfused(pipeline, exact), _noise_in(args.dtype, pipeline):
             fp32 = quality.run(pipeline, exact, prompts)
     made = {"eager": eager, "fp32": fp32, "other_seed_psnr_db": seed_db}
     _save(path, identity, made)
@@ -82,14 +83,13 @@ def check_room(args) -> None:
 
     Raises: UserError if it does not; weights that wait on the host leave it room.
     """
-    from utils.errors import UserError
     from utils.memory_tiers import GIB, estimate, parse_size
     from utils.steps import memory
 
     exact = copy.copy(args)
     exact.disable_bf16 = True
     needed = estimate(args, "full").weights / GIB + estimate(exact, "full").gib
-    free = (parse_size(args.memory) or memory.free_bytes(args)) / GIB
+    free = (parse_size(args.memory) or memory.free_bytes(args.device)) / GIB
     if args.load_device == args.device and needed > free:
         raise UserError(
             f"--fp32_reference: fp32 beside the run's own weights needs {needed:.1f} GiB, found "

@@ -51,9 +51,9 @@ def series_of(rows: list[dict]) -> list[Series]:
     """Sort rows into one series per kind and call, in the order in which the file begins them.
 
     A ladder is measured against its row "eager" (fp32 may come before it), or its first; peers
-    against ours. What
-    leaving a step out costs is measured against the series' own row with everything on (one that
-    does not begin with "without"), or the last rung of the ladder of the same call.
+    against ours. What leaving a step out costs is measured against the series' own row with
+    everything on (one that does not begin with "without"), or the last rung of the ladder of the
+    same call.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     series = completed([row for row in rows if row.get("series") in KINDS])

@@ -34,10 +34,10 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def significant(value: float, digits: int = 3, like: float | None = None) -> str:
+def significant(value: float, like: float | None = None) -> str:
     """Write 0.035287 as 0.0353 and 123.4 as 123; with the decimals that `like` would get."""
     like = abs(value if like is None else like)
-    decimals = 0 if like == 0 else max(0, digits - 1 - math.floor(math.log10(like)))
+    decimals = 0 if like == 0 else max(0, 2 - math.floor(math.log10(like)))
     return f"{value:.{min(decimals, 12)}f}"
 
 

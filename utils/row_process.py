@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from utils.errors import Terminated, signals_later
+from utils.row import FORMAT
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run_benchmark.py"
 TOLD = 4000  # characters of what a failed row has said
@@ -24,13 +25,13 @@ def run_row(words: list[str], pictures: Path) -> dict:
         try:
             return json.loads(lines[-1])
         except ValueError:
-            return {"format": 2, "failed": "the last line of its output is no JSON"}
+            return {"format": FORMAT, "failed": "the last line of its output is no JSON"}
     if code in (-2, 130):
         raise KeyboardInterrupt
     print(errors[-TOLD:], end="", flush=True)  # the row keeps a line: too few for a trace
     said = [line for line in errors.strip().splitlines() if line.strip()]
     reason = said[-1] if said else "no output"
-    return {"format": 2, "failed": f"exit code {code}: {reason[:300]}"}
+    return {"format": FORMAT, "failed": f"exit code {code}: {reason[:300]}"}
 
 
 def _outputs(command: list[str]) -> tuple[int, str, str]:

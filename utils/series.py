@@ -10,7 +10,7 @@ rows take turns (A B C A B C), so that a machine that drifts favours none.
 import copy
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.errors import UserError
@@ -23,6 +23,7 @@ OWN_FLAGS |= {"--results": 1, "--pictures": 1}  # pictures stand beside the resu
 CACHE_FLAGS = ("cache_dit_config", "step_mask", "step_mask_order", "step_mask_gain")
 OWN_STEPS = {"--compile_export_mode": 1} | {f"--{flag}": 1 for flag in CACHE_FLAGS}  # of a ladder
 MODES = ("compile", "export_aoti")
+CACHES = ("cache_dit", "step_mask")
 
 
 @dataclass(frozen=True)
@@ -49,36 +50,31 @@ def ladder(args) -> list[Row]:
     settings are given. With a step cache nothing can be exported.
     """
     off = {name: f"--disable_{name}" for name in toggles(args)}
-    eager = ("--compile_export_mode", "disabled")
-    cached = args.cache_dit_config
-    rows = [Row("fp32", ("--disable_bf16", *off.values(), *eager)), Row("eager", ())]
+    eager, compiled, exported = (
+        ("--compile_export_mode", mode) for mode in ("disabled", "compile", "export_aoti")
+    )
+    rows = [
+        Row("fp32", ("--disable_bf16", *off.values(), *eager)),
+        Row("eager", (*off.values(), *eager)),
+    ]
     order = [name for name in off if name != "inductor_tuning_flags"]
-    if cached:
+    if args.cache_dit_config:
         order.insert(order.index("quant"), "cache_dit")
     for name in order:
         off.pop(name, None)
         rows.append(Row(f"+ {name}", (*off.values(), *eager), name))
-    rows[1] = Row("eager", tuple(f"--disable_{name}" for name in toggles(args)) + eager)
-    rows.append(Row("+ compile", (*off.values(), "--compile_export_mode", "compile"), "compile"))
-    rows.append(
-        Row(
-            "+ inductor_tuning_flags",
-            ("--compile_export_mode", "compile"),
-            "inductor_tuning_flags",
-        )
-    )
+    rows.append(Row("+ compile", (*off.values(), *compiled), "compile"))
+    rows.append(Row("+ inductor_tuning_flags", compiled, "inductor_tuning_flags"))
     if args.step_mask:
-        rows.append(Row("+ step_mask", ("--compile_export_mode", "compile"), "step_mask"))
-    if not cached:
-        rows.append(Row("export_aoti", ("--compile_export_mode", "export_aoti"), "export_aoti"))
-    settings, begun = step_cache(args), False
-    for at, row in enumerate(rows):
-        begun = begun or row.name in ("+ cache_dit", "+ step_mask")
-        rows[at] = Row(row.name, row.flags + (settings if begun else ()), row.step)
-    return rows
+        rows.append(Row("+ step_mask", compiled, "step_mask"))
+    if not args.cache_dit_config:
+        rows.append(Row("export_aoti", exported, "export_aoti"))
+    first = next((at for at, row in enumerate(rows) if row.step in CACHES), len(rows))
+    cached = [replace(row, flags=row.flags + cache_flags(args)) for row in rows[first:]]
+    return rows[:first] + cached
 
 
-def step_cache(args) -> tuple[str, ...]:
+def cache_flags(args) -> tuple[str, ...]:
     """Give the flags of the step cache or mask that the series is about, if any."""
     given = {f"--{flag}": getattr(args, flag) for flag in CACHE_FLAGS}
     return tuple(str(word) for pair in given.items() if pair[1] is not None for word in pair)
@@ -88,7 +84,7 @@ def leave_one_out(args) -> list[Row]:
     """List everything on, then everything but each step."""
     mode = args.compile_export_mode or ("compile" if args.cache_dit_config else "export_aoti")
     mode_flags = ("--compile_export_mode", mode)
-    settings = step_cache(args)
+    settings = cache_flags(args)
     rows = [Row("everything", (*mode_flags, *settings))]
     rows += [
         Row(f"without {name}", (f"--disable_{name}", *mode_flags, *settings), name)
@@ -102,7 +98,7 @@ def leave_one_out(args) -> list[Row]:
     return rows
 
 
-def beside(args) -> list[Row]:
+def peer_rows(args) -> list[Row]:
     """List our own run as it was typed, then every peer on the same call."""
     from utils.peers import PEERS
 
@@ -154,7 +150,7 @@ def run_series(args, argv: list[str]) -> int:
     from utils.prepare import settle_call
 
     name = args.series
-    listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": beside}[name](args)
+    listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": peer_rows}[name](args)
     rows = choose(listed, args.rows)
     settled = copy.copy(args)  # the rows settle what was typed, each for itself
     settle_call(settled)

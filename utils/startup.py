@@ -50,10 +50,11 @@ def start_once(args) -> dict:
     from utils.benchmark_utils import synchronize
     from utils.memory import peak_memory
     from utils.pipeline_utils import generate, optimize
-    from utils.prepare import begin
+    from utils.prepare import announce_and_load, prepare
 
     asked = float(os.environ[STARTED])
-    pipeline, load_s = begin(args)
+    prepare(args)
+    pipeline, load_s = announce_and_load(args)
     start = time.perf_counter()
     optimize(pipeline, args)
     optimize_s, images_s = time.perf_counter() - start, []

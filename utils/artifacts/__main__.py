@@ -210,7 +210,7 @@ def prune(root: Path, max_size: int | None) -> None:
             break
         with locked(root, entry.name, wait=False) as held:
             if held:
-                gone = _drop(root, entry.name, entry.files, "--max-size")
+                gone = _drop(entry.name, entry.files, "--max-size")
                 freed, total = freed + gone, total - gone
     print(f"{root}: freed {show_size(freed)}, {show_size(total)} left")
 
@@ -218,7 +218,7 @@ def prune(root: Path, max_size: int | None) -> None:
 def _tidy(root: Path, entry: Entry) -> int:
     """Remove a package's leftovers, or all of one that cannot be used. Units: bytes"""
     if entry.manifest is None:
-        return _drop(root, entry.name, entry.files, f"unusable: {entry.about}")
+        return _drop(entry.name, entry.files, f"unusable: {entry.about}")
     before = {path.name: path.lstat().st_size for path in entry.files}
     gone = remove_leftovers(root, entry.name)
     for name in gone:
@@ -226,7 +226,7 @@ def _tidy(root: Path, entry: Entry) -> int:
     return sum(before.get(name, 0) for name in gone)
 
 
-def _drop(root: Path, name: str, files: list[Path], why: str) -> int:
+def _drop(name: str, files: list[Path], why: str) -> int:
     """Remove a package, its manifest first: a kill in between leaves leftovers, not half of it."""
     size = sum(path.lstat().st_size for path in files if os.path.lexists(path))
     for path in sorted(files, key=lambda path: path.name != f"{name}.json"):

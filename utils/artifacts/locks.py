@@ -1,4 +1,4 @@
-"""Who may build a package: one process at a time, and a killed one excludes nobody."""
+"""One process at a time builds a package; the lock of a killed one is released."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""One optimisation per file. Every step is a module with the same six names:
+"""One optimisation per file. Every step is a module with the same five names:
 
 NAME       the same word in its flag, the card, the results and the docs
 AFTER      names of the steps that must have been applied before it
@@ -59,6 +59,12 @@ def components(pipeline) -> dict:
     return {name: module for name, module in both.items() if module is not None}
 
 
+def own_class(pipeline, *mixins: type) -> None:
+    """Put mixins before a pipeline's class, in a class of the same name: others keep theirs."""
+    plain = type(pipeline)
+    pipeline.__class__ = type(plain.__name__, (*mixins, plain), {"__module__": plain.__module__})
+
+
 def import_problem(package: str, *parts: str) -> str:
     """Import a package, then parts of it: what was found instead; "" if nothing is wrong."""
     try:
@@ -71,3 +77,13 @@ def import_problem(package: str, *parts: str) -> str:
     except Exception as error:  # a build for another torch or machine fails in many ways
         return f"{package} is installed but broken: {type(error).__name__}: {error}".splitlines()[0]
     return ""
+
+
+def missing_triton(flag: str) -> str:
+    """Refuse a flag in one line without a usable triton; "" if there is one."""
+    if not (problem := import_problem("triton", "triton.language")):
+        return ""
+    return (
+        f"{flag}: found {problem}; expected the triton that belongs to torch: pip install triton, "
+        f"or leave out {flag}"
+    )

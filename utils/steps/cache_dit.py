@@ -12,7 +12,8 @@ import dataclasses
 import math
 from pathlib import Path
 
-from utils.steps import Verdict, off, on, refused
+from utils.errors import UserError
+from utils.steps import Verdict, off, on, own_class, refused
 
 NAME = "cache_dit"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
@@ -171,16 +172,12 @@ def apply(pipeline, args) -> None:
     """Wrap the transformer's blocks; cache-dit forgets between calls of the pipeline."""
     import cache_dit
 
-    from utils.errors import UserError
-
     cache, taylor = read_settings(args.cache_dit_config)
     transformer = pipeline.transformer  # of the hub perhaps with fewer blocks than published
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     if problem := _blocks_problem(cache, blocks, args.checkpoint.name):
         raise UserError(f"--cache_dit_config {args.cache_dit_config}: {problem}")
-    # cache-dit patches the pipeline's class: with one of its own, other pipelines stay as they are
-    plain = type(pipeline)
-    pipeline.__class__ = type(plain.__name__, (plain,), {"__module__": plain.__module__})
+    own_class(pipeline)  # which cache-dit patches
     calibrator = cache_dit.TaylorSeerCalibratorConfig(**taylor) if taylor else None
     cache_dit.enable_cache(
         pipeline, cache_config=cache_dit.DBCacheConfig(**cache), calibrator_config=calibrator

@@ -18,6 +18,7 @@ import os
 import shutil
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.progress import say, stages
 from utils.steps import (
     Verdict,
@@ -150,7 +151,6 @@ def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     import torch
 
     from utils.artifacts import damage, find, identity_of_run, no_cached_model
-    from utils.errors import UserError
 
     identity = identity_of_run(args, compiler_options(args)) | _about(args)
     identity["parts"] = [*components(pipeline), *(["text"] if args.compile_text_encoders else [])]
@@ -175,7 +175,6 @@ def _store(root: Path, identity: dict) -> None:
     import torch
 
     from utils.artifacts import building, save
-    from utils.errors import UserError
 
     made = torch.compiler.save_cache_artifacts()
     if made is None:

@@ -38,9 +38,7 @@ def add_flags(parser) -> None:
 
 def lacking(machine: Machine) -> str:
     """Say why a machine has no such products; "" if it has them."""
-    if machine.is_cuda and (machine.capability or (0, 0)) >= (8, 9):
-        return ""
-    return f"needs an NVIDIA GPU of capability 8.9 or newer, found {machine.short()}"
+    return machine.lacks((8, 9))
 
 
 def check(args) -> Verdict:

@@ -15,6 +15,7 @@ cost a build for each, and nothing at run time. On CUDA the forward is then put 
 import time
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.progress import say, stages
 from utils.steps import (
     Verdict,
@@ -125,7 +126,6 @@ def apply(pipeline, args) -> None:
     from utils import aoti
     from utils.artifacts import identity_of_run, no_cached_model, open_cache
     from utils.cudagraph import CUDAGraphWrapper, pool_of
-    from utils.errors import UserError
     from utils.pipeline_utils import generate
 
     root = open_cache(args.cache_dir)
@@ -243,7 +243,6 @@ class _Packages:
         Raises: UserError if it may not be built.
         """
         from utils.artifacts import no_cached_model
-        from utils.errors import UserError
 
         identity, package, lines = self.find(component)
         if package is None and self.args.use_cached_model:

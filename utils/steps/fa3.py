@@ -15,8 +15,9 @@ only: `fa4` on Hopper, in bf16.
 
 from collections.abc import Callable
 
+from utils.errors import UserError
 from utils.hardware import Machine
-from utils.steps import Verdict, import_problem, off, refused
+from utils.steps import Verdict, missing_triton, off, refused
 
 NAME = "fa3"
 AFTER = ("fused_projections",)
@@ -202,15 +203,8 @@ def check(args) -> Verdict:
         probe,  # looked up at the call: a test can put another in its place
         args.fa3_rotation,
     )
-    if (
-        found.is_on
-        and args.fa3_rotation
-        and (problem := import_problem("triton", "triton.language"))
-    ):
-        return refused(
-            f"--fa3_rotation: found {problem}; expected the triton that belongs to torch: "
-            "pip install triton, or leave out --fa3_rotation"
-        )
+    if found.is_on and args.fa3_rotation and (problem := missing_triton("--fa3_rotation")):
+        return refused(problem)
     return found
 
 
@@ -221,7 +215,6 @@ def apply(pipeline, args) -> None:
     """
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-    from utils.errors import UserError
     from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
 
     ours = (FluxAttnProcessor, FlashFusedFluxAttnProcessor3_0)

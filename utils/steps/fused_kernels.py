@@ -12,8 +12,9 @@ which finds the same Linears under the same names: with one scale per row they t
 are quantised already, otherwise torchao quantises as before.
 """
 
+from utils.errors import UserError
 from utils.hardware import Machine
-from utils.steps import Verdict, import_problem, off, on, quant, refused, unavailable
+from utils.steps import Verdict, missing_triton, off, on, quant, refused, unavailable
 
 NAME = "fused_kernels"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
@@ -30,35 +31,22 @@ def add_flags(parser) -> None:
 
 def lacking(machine: Machine) -> str:
     """Say why a machine cannot run the kernels; "" if it can."""
-    capability = machine.capability or (0, 0)
-    if machine.is_cuda and capability >= (8, 9):  # the first with float8 casts
-        return ""
-    return f"needs an NVIDIA GPU of capability 8.9 or newer, found {machine.short()}"
-
-
-def triton_problem() -> str:
-    """Import triton: what was found instead of a usable one; "" if nothing is wrong."""
-    return import_problem("triton", "triton.language")
+    return machine.lacks((8, 9))  # the first with float8 casts
 
 
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.fused_kernels:
         return off("no --fused_kernels")
-    reason = lacking(args.machine)
-    if reason:
+    if reason := lacking(args.machine):
         return unavailable(reason)
     if args.disable_fa3:
         return refused(
             "--fused_kernels: writes queries, keys and values for the attention op of fa3, found "
             "--disable_fa3; leave out one of the two"
         )
-    problem = triton_problem()
-    if problem:
-        return refused(
-            f"--fused_kernels: found {problem}; expected the triton that belongs to torch: "
-            "pip install triton, or leave out --fused_kernels"
-        )
+    if problem := missing_triton("--fused_kernels"):
+        return refused(problem)
     return on(float8=quant.check(args).settings.get("granularity") == "row")
 
 
@@ -69,7 +57,6 @@ def apply(pipeline, args) -> None:
     """
     from diffusers.models.transformers import transformer_flux
 
-    from utils.errors import UserError
     from utils.kernels import fused_blocks
     from utils.kernels.attention_processor import FlashFusedFluxAttnProcessor3_0
     from utils.kernels.joint_projection import JointFluxSingleTransformerBlock

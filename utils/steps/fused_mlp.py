@@ -9,6 +9,7 @@ of 4,608 tokens 10 and 14, together 23. Unmeasured.
 LoRAs have to be fused before, as with the projections: a later one finds other names.
 """
 
+from utils.errors import UserError
 from utils.steps import Verdict, fused_projections, off, on, refused
 
 NAME = "fused_mlp"
@@ -45,7 +46,6 @@ def apply(pipeline, args) -> None:
     """
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
-    from utils.errors import UserError
     from utils.kernels.joint_projection import JointFluxSingleTransformerBlock, join
 
     transformer = pipeline.transformer

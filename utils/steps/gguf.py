@@ -13,6 +13,7 @@ How many steps a type deserves is the user's choice (docs/memory.md); nothing ch
 
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.steps import Verdict, import_problem, off, on, refused
 
 NAME = "gguf"
@@ -63,17 +64,16 @@ def check(args) -> Verdict:
         return refused(
             f"--gguf_file: found {problem}; expected gguf 0.10 or newer: pip install gguf==0.19.0"
         )
-    from utils.errors import UserError
-    from utils.gguf_file import problem, read_header
+    from utils import gguf_file
     from utils.random_weights import configs_of
 
     try:
         path = local_file(args.gguf_file)
-        contents = read_header(path)
+        contents = gguf_file.read_header(path)
     except UserError as error:
         return refused(str(error))
-    if why := problem(contents, configs_of(args.checkpoint)["transformer"]):
-        return refused(f"--gguf_file {args.gguf_file}: {why}; --ckpt {args.ckpt}")
+    if problem := gguf_file.problem(contents, configs_of(args.checkpoint)["transformer"]):
+        return refused(f"--gguf_file {args.gguf_file}: {problem}; --ckpt {args.ckpt}")
     if args.fused_kernels and is_compressed(args):
         return refused(
             "--fused_kernels: calls matrices, found --gguf_mode compressed; use --gguf_mode "

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from utils import acceleration
 from utils.errors import UserError
-from utils.steps import Verdict, gguf, off, on, refused
+from utils.steps import Verdict, gguf, import_problem, off, on, refused
 
 NAME = "lora"
 AFTER = ("gguf",)
@@ -61,7 +61,6 @@ def check(args) -> Verdict:
             "use --gguf_mode dequantize"
         )
     from utils import loras
-    from utils.steps import import_problem
 
     if problem := import_problem("peft"):
         return refused(f"--lora: {problem}; pip install peft==0.21.2")
@@ -123,11 +122,8 @@ def load(pipeline, found: list) -> None:
 
 
 @contextmanager
-def beside(pipeline, args):
-    """Let the body run with the LoRAs as plain diffusers has them; the pipeline is as before then.
-
-    Without LoRAs it does nothing.
-    """
+def unfused(pipeline, args):
+    """Run the body with the LoRAs as plain diffusers has them, then unload them again."""
     if not args.plan[NAME].is_on:
         yield
         return

@@ -21,16 +21,8 @@ from contextlib import contextmanager
 
 from utils.errors import UserError
 from utils.gguf_file import read_header
-from utils.memory_tiers import (
-    OFFLOADED,
-    ON_A_CPU,
-    TIERS,
-    TILED,
-    TILES,
-    estimate,
-    free_bytes,
-    parse_size,
-)
+from utils.memory import free_bytes
+from utils.memory_tiers import OFFLOADED, ON_A_CPU, TIERS, TILED, TILES, estimate, parse_size
 from utils.steps import Verdict, gguf, off, on, quant, refused, text_quant
 
 NAME = "memory"
@@ -68,7 +60,7 @@ def settle(args) -> None:
     linear = "" if compressed else quant.precision(quant.check(args))
     text = quant.precision(text_quant.check(args))
     found = {tier: estimate(args, tier, linear, compressed, text) for tier in TIERS}
-    free = parse_size(args.memory) or free_bytes(args)
+    free = parse_size(args.memory) or free_bytes(args.device)
     args.tier = args.memory if args.memory in TIERS else "full"
     if args.memory not in TIERS and not getattr(args, "peer", None):
         on_cpu = args.machine.device == "cpu"

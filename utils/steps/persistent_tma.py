@@ -26,9 +26,7 @@ def add_flags(parser) -> None:
 
 def lacking(machine: Machine) -> str:
     """Say why a machine has no such kernels; "" if it has them."""
-    if machine.is_cuda and (machine.capability or (0, 0)) >= (9, 0):
-        return ""
-    return f"needs an NVIDIA GPU of capability 9.0 or newer, found {machine.short()}"
+    return machine.lacks((9, 0))
 
 
 def check(args) -> Verdict:

@@ -4,9 +4,8 @@ After the projections are fused, so that each fused matrix is quantised once. By
 per row (token) and per output channel, and only the Linears of the blocks: modulation has one row
 per image, embedders and the last projections are small and carry the error straight into the
 picture. Measured on a CPU (docs/performance.md): relative error 0.021, against 0.053 per tensor
-and with every Linear. The
-single blocks' proj_out, 28 % of all the blocks' work, stays in. `--quant_granularity tensor
---quant_filter all` is flux-fast's choice, for comparison.
+and with every Linear. The single blocks' proj_out, 28 % of all the blocks' work, stays in.
+`--quant_granularity tensor --quant_filter all` is flux-fast's choice, for comparison.
 
 No blockwise scales (1x128, 128x128): emulated, their error is 0 to 10 % below one scale per row,
 and torchao multiplies them by a Triton kernel that takes half as long again as bf16 on an H100
@@ -75,8 +74,6 @@ def lacking(machine: Machine, dtype: str = "float8") -> str:
         if machine.is_cuda and capability >= (10, 0):
             return ""
         return f"{dtype} products need a Blackwell GPU (sm100 or newer), found {machine.short()}"
-    if machine.device == "cpu":
-        return "float8 products need a GPU of capability 8.9 or newer, found a CPU"
     if machine.hip is not None:  # gfx94x and gfx95x; MI200 reports 9.0 and has none
         if (9, 4) <= capability < (10, 0):
             return ""

@@ -194,7 +194,7 @@ def _written_out(text: str, steps: int) -> tuple[bool, ...]:
 
 def apply(pipeline, args) -> None:
     """Put the mask before whatever forward the steps above have made."""
-    from utils.reuse import install
+    from utils.masked_forward import install
 
     how, text = prediction(args), args.step_mask
     if mask_file.is_file(text):

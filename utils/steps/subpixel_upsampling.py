@@ -9,6 +9,7 @@ convolution is a stride-2 gradient to cuDNN, phases are interleaved by a copy. U
 First of the decoder's steps: the new weights are then laid out like all others.
 """
 
+from utils.errors import UserError
 from utils.steps import Verdict, off, on
 
 NAME = "subpixel_upsampling"
@@ -39,7 +40,6 @@ def apply(pipeline, args) -> None:
     """
     from diffusers.models.upsampling import Upsample2D
 
-    from utils.errors import UserError
     from utils.kernels.subpixel_upsampling import SubpixelUpsample
 
     way = args.plan[NAME].settings["way"]

@@ -4,8 +4,8 @@ Some 1,100 small kernels per prompt, launched one by one by eager code, for 2.5 
 H200 (256 tokens): the graph removes the launches, the compiler two thirds of the kernels. All
 blocks of an encoder share one graph of code (T5's first, which makes the position bias, has its
 own), so this adds little to compilation; whole encoders would compile for minutes and gain nothing
-that the CUDA graph has not. With
-export_aoti the three graphs of code are packages of their own, made and stored as all others.
+that the CUDA graph has not. With export_aoti the three graphs of code are packages of their own,
+made and stored as all others.
 
 After the flags that the compiler reads, before the steps that warm everything up.
 """

@@ -11,7 +11,16 @@ before 2.13 allot that of one program to all, so there they are refused.
 """
 
 from utils.hardware import Machine
-from utils.steps import Verdict, fused_kernels, off, on, persistent_tma, quant, refused, unavailable
+from utils.steps import (
+    Verdict,
+    missing_triton,
+    off,
+    on,
+    persistent_tma,
+    quant,
+    refused,
+    unavailable,
+)
 
 NAME = "triton_float8"
 AFTER = ("quant", "fused_kernels")
@@ -52,11 +61,8 @@ def check(args) -> Verdict:
             f"--triton_float8: found {found}, for kernels of products that are taken already; "
             "leave one of the two out"
         )
-    if problem := fused_kernels.triton_problem():
-        return refused(
-            f"--triton_float8: found {problem}; expected the triton that belongs to torch: "
-            "pip install triton, or leave out --triton_float8"
-        )
+    if problem := missing_triton("--triton_float8"):
+        return refused(problem)
     if problem := persistent_tma.package_problem(args):
         return refused(f"--triton_float8: {problem}")
     return on()

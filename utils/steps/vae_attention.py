@@ -5,6 +5,7 @@ scale, exponential, sum and cast. By count at 1024x1024: 0.55 TFLOP either way; 
 some 26 GB through the second level cache, ours 3.2 GB through the memory. Unmeasured, so off.
 """
 
+from utils.errors import UserError
 from utils.hardware import Machine
 from utils.steps import Verdict, off, on, unavailable
 
@@ -23,9 +24,7 @@ def add_flags(parser) -> None:
 
 def lacking(machine: Machine) -> str:
     """Say why a machine gains nothing from it; "" if it may."""
-    if machine.is_cuda and (machine.capability or (0, 0)) >= (8, 0):
-        return ""
-    return f"needs an NVIDIA GPU of capability 8.0 or newer, found {machine.short()}"
+    return machine.lacks((8, 0))
 
 
 def check(args) -> Verdict:
@@ -42,7 +41,6 @@ def apply(pipeline, args) -> None:
 
     Raises: UserError if it has several heads, or norms that the processor does not know.
     """
-    from utils.errors import UserError
     from utils.kernels.vae_attention import ExplicitAttnProcessor
 
     for attn in pipeline.vae.decoder.mid_block.attentions:

@@ -20,6 +20,7 @@ from diffusers import FluxKontextPipeline, FluxPipeline
 
 from utils.denoise import NEEDS_STOCK_LOOP, TRUE_CFG, OwnLoop, scheduler_problem
 from utils.errors import UserError
+from utils.steps import own_class
 
 FLAG = "leave out --step_mask"
 REFUSED = {name: why for name, why in NEEDS_STOCK_LOOP.items() if why == TRUE_CFG}
@@ -42,12 +43,12 @@ def weights(points: tuple[int, ...], at: int) -> list[float]:
 
 
 class MaskedForward:
-    """Stand before a transformer's forward: compute, or predict from what was computed.
+    """Replace a transformer's forward: compute a step, or predict it from the computed ones.
 
-    `mask_of` gives the mask for a number of steps, `order` is the polynomial's, `gain` the part of
-    the change it foretells that is believed; `table` gives the weights themselves instead, for each
-    predicted step those of the last computed ones, oldest first (utils/calibrate.py); `used` tells
-    what the last call did.
+    `mask_of(steps)` gives the mask. The prediction is a polynomial of degree `order`, `gain` times
+    the change that it foretells; or, where `table` is given, the sum with its weights: predicted
+    step -> those of the last computed steps, oldest first (utils/calibrate.py). `used` tells what
+    the last call did.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class MaskedForward:
 
 
 class MaskedCall:
-    """Stands before a pipeline's class in a class of install()'s making."""
+    """Mixin before a pipeline's class: begins and ends the masked forward with every call."""
 
     def __call__(self, *args, **kwargs):
         """Take the arguments of the stock call and give what it gives, with the mask's steps.
@@ -151,5 +152,4 @@ def install(pipeline, mask_of: Callable, order: int, gain: float, table=None) ->
         raise UserError(f"--step_mask: {problem}; {FLAG}")
     pipeline.masked = MaskedForward(pipeline.transformer.forward, mask_of, order, gain, table)
     pipeline.transformer.forward = pipeline.masked
-    # A class of its own, of the same name: other pipelines stay as they are
-    pipeline.__class__ = type(found.__name__, (MaskedCall, found), {"__module__": found.__module__})
+    own_class(pipeline, MaskedCall)
