@@ -157,12 +157,10 @@ def arguments(wanted: list[controls.Control], images: list) -> dict:
 
 def optimize_nets(pipeline, nets: dict, args) -> None:
     """Apply the steps that change blocks to every net, and name the nets for the compiler."""
-    from utils.pipeline_utils import OF_BLOCKS, STEPS, optimize
+    from utils.pipeline_utils import optimize
 
-    wanted = ("fused_projections", *OF_BLOCKS)
-    others = tuple(step.NAME for step in STEPS if step.NAME not in wanted)
     for net in nets.values():
-        optimize(SimpleNamespace(transformer=net, vae=None), args, without=others)
+        optimize(SimpleNamespace(transformer=net, vae=None), args, ("blocks",))
     pipeline.further = {f"controlnet_{k}": net for k, net in enumerate(nets.values())}
 
 

@@ -13,6 +13,7 @@ from utils import card
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
+from utils.steps import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = Machine("cuda", "NVIDIA H200", (9, 0), memory_gib=139.0)
@@ -207,5 +208,6 @@ def test_steps_declare_an_order_that_holds():
     for step in STEPS:
         for earlier in step.AFTER:
             assert names.index(earlier) < names.index(step.NAME), (earlier, step.NAME)
+        assert step.PARTS and set(step.PARTS) <= set(PARTS), step.NAME
         for part in ("add_flags", "check", "apply", "__doc__"):
             assert getattr(step, part), (step.NAME, part)

@@ -13,7 +13,7 @@ from utils.hardware import Machine
 from utils.kernels.float8_product import linear_float8
 from utils.kernels.linear import LinearThenBias
 from utils.kernels.modulate import quantize_rows
-from utils.pipeline_utils import OF_BLOCKS, STEPS, optimize
+from utils.pipeline_utils import STEPS, optimize
 from utils.steps import fused_projections, off, on, persistent_tma, quant
 from utils.steps.compile import compiler_options
 
@@ -56,7 +56,7 @@ def test_the_compiler_is_told_and_knows_the_switch():
 
 def test_a_process_that_holds_the_decoder_alone_leaves_it_out():
     plan = {step.NAME: off("") for step in STEPS} | {persistent_tma.NAME: on()}
-    optimize(SimpleNamespace(transformer=None), SimpleNamespace(plan=plan), OF_BLOCKS)
+    optimize(SimpleNamespace(transformer=None), SimpleNamespace(plan=plan), ("decoder", "pipeline"))
 
 
 def test_no_float8_product_keeps_its_bias_and_the_numbers_stay(cpu_float8):

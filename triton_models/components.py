@@ -11,17 +11,8 @@ from types import SimpleNamespace
 import torch
 
 from triton_models.parts import load_part
-from utils.pipeline_utils import OF_BLOCKS, optimize
+from utils.pipeline_utils import optimize
 from utils.steps import text_quant
-
-TEXT_STEPS = (text_quant.NAME,)
-DECODER_STEPS = (
-    "vae_attention",
-    "subpixel_upsampling",
-    "channels_last",
-    "group_norm",
-    "conv_algorithms",
-)
 
 
 class Part:
@@ -41,9 +32,9 @@ class Part:
         return SimpleNamespace(images=[])
 
 
-def optimized(pipeline, args, run: Callable, without: tuple[str, ...], batch_sizes) -> None:
+def optimized(pipeline, args, run: Callable, part: str, batch_sizes) -> None:
     """Apply the steps to one component and make its call once for every batch size."""
-    optimize(Part(pipeline, run), args, (*without, "device_images"))  # no pictures here
+    optimize(Part(pipeline, run), args, (part, "pipeline"))
     for rows in batch_sizes:
         run(rows, args.height, args.width, args.max_sequence_length)
 
@@ -93,7 +84,7 @@ class Transformer:
         self.config = self.pipeline.transformer.config
         self.guided = bool(self.config.guidance_embeds)
         self.ids: dict[tuple, tuple] = {}
-        optimized(self.pipeline, args, self._run, DECODER_STEPS + TEXT_STEPS, batch_sizes)
+        optimized(self.pipeline, args, self._run, "blocks", batch_sizes)
 
     @torch.no_grad()
     def __call__(self, latents, timestep, guidance, prompt_embeds, pooled, height, width):
@@ -146,7 +137,7 @@ class Decoder:
 
     def __init__(self, args, batch_sizes: tuple[int, ...] = (1,)) -> None:
         self.args, self.pipeline = args, load_part(args, "vae_decoder")
-        optimized(self.pipeline, args, self._run, OF_BLOCKS + TEXT_STEPS, batch_sizes)
+        optimized(self.pipeline, args, self._run, "decoder", batch_sizes)
 
     @torch.no_grad()
     def __call__(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ images = generate(pipeline, args)
 
 from utils.errors import UserError
 from utils.steps import (
+    PARTS,
     cache_dit,
     channels_last,
     compile,
@@ -70,11 +71,6 @@ STEPS = (
     loop_graph,  # decides only how that forward is queued
     step_mask,  # decides only whether that forward is called
 )
-# Of these, what changes a transformer's blocks and nothing else; `fused_projections`: the VAE's too
-OF_BLOCKS = (
-    *("fused_mlp", "fa3", "fused_kernels", "quant"),
-    *("deferred_scales", "persistent_tma", "triton_float8"),
-)
 
 
 def load_pipeline(args):
@@ -112,13 +108,14 @@ def load_pipeline(args):
     return pipeline
 
 
-def optimize(pipeline, args, without: tuple[str, ...] = ()):
+def optimize(pipeline, args, parts: tuple[str, ...] = PARTS):
     """Apply every step of the plan that is on, in order; the pipeline is changed in place.
 
-    `without` names steps of components that this pipeline does not have (triton_models/).
+    `parts`: of a pipeline that is not whole, what is there; steps that change none of it are left
+    out.
     """
     for step in STEPS:
-        if args.plan[step.NAME].is_on and step.NAME not in without:
+        if args.plan[step.NAME].is_on and set(step.PARTS) & set(parts):
             step.apply(pipeline, args)
     return pipeline
 

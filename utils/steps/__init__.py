@@ -1,7 +1,8 @@
-"""One optimisation per file. Every step is a module with the same five names:
+"""One optimisation per file. Every step is a module with the same six names:
 
 NAME       the same word in its flag, the card, the results and the docs
 AFTER      names of the steps that must have been applied before it
+PARTS      what it changes, of `PARTS` below
 add_flags  adds its flags to the parser (the flag that turns it off among them)
 check      looks at the arguments and the machine, before any weight is loaded, and gives a Verdict
 apply      changes the pipeline; called only if the verdict is "on"
@@ -12,6 +13,14 @@ functions only, so that `--help` needs no torch. The order is `STEPS` in utils/p
 
 import importlib
 from dataclasses import dataclass, field
+
+PARTS = (
+    "blocks",  # the transformer's, and nothing else of it
+    "decoder",  # the VAE's
+    "text",  # T5 and CLIP
+    "pictures",  # what becomes of the decoder's output
+    "pipeline",  # anything else: whose weights, how components are called, compiled and kept
+)
 
 
 @dataclass(frozen=True)

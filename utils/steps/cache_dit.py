@@ -17,6 +17,7 @@ from utils.steps import Verdict, off, on, own_class, refused
 
 NAME = "cache_dit"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
+PARTS = ("pipeline",)
 
 # flux-fast's names, from an older cache-dit
 OLD_KEYS = {"warmup_steps": "max_warmup_steps"}

@@ -7,6 +7,7 @@ from utils.steps import Verdict, off, on
 
 NAME = "channels_last"
 AFTER = ()
+PARTS = ("decoder",)
 
 
 def add_flags(parser) -> None:

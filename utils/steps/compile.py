@@ -34,6 +34,7 @@ from utils.steps import (
 
 NAME = "compile"
 AFTER = ("inductor_tuning_flags",)
+PARTS = ("pipeline",)
 STORED = ".compiled"  # ending of the file with what the compiler has made
 # Batch of one or more, static or dynamic size and text length, contiguous or sliced inputs: a block
 # meets more kinds of call than Dynamo's limit of 8, beyond which fullgraph is an error

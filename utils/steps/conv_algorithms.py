@@ -13,6 +13,7 @@ from utils.steps import Verdict, off, on, refused, unavailable
 
 NAME = "conv_algorithms"
 AFTER = ("channels_last",)
+PARTS = ("decoder",)
 
 
 def add_flags(parser) -> None:

@@ -19,6 +19,7 @@ from utils.steps import Verdict, off, on, quant, refused, unavailable
 
 NAME = "deferred_scales"
 AFTER = ("quant",)
+PARTS = ("blocks",)
 
 LIMITS = {  # up to which Inductor repeats an expression in each of its readers
     "realize_reads_threshold": 8,  # tensors it reads: product, two scales, bias, and what joins

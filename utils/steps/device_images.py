@@ -10,6 +10,7 @@ from utils.steps import Verdict, off, on, unavailable
 
 NAME = "device_images"
 AFTER = ()
+PARTS = ("pictures",)
 
 
 def add_flags(parser) -> None:

@@ -32,6 +32,7 @@ from utils.steps import (
 
 NAME = "export_aoti"
 AFTER = ("inductor_tuning_flags",)
+PARTS = ("pipeline",)
 
 CACHE_DIR = "~/.cache/flux-bench"
 COMPONENTS = {  # --compile_scope -> what becomes one package each

@@ -21,6 +21,7 @@ from utils.steps import Verdict, missing_triton, off, refused
 
 NAME = "fa3"
 AFTER = ("fused_projections",)
+PARTS = ("blocks",)
 
 BACKENDS = (
     *("fa3", "fa4", "fa2", "aiter", "int8"),

@@ -18,6 +18,7 @@ from utils.steps import Verdict, missing_triton, off, on, quant, refused, unavai
 
 NAME = "fused_kernels"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
+PARTS = ("blocks",)
 
 
 def add_flags(parser) -> None:

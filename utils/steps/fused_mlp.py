@@ -14,6 +14,7 @@ from utils.steps import Verdict, fused_projections, off, on, refused
 
 NAME = "fused_mlp"
 AFTER = ("fused_projections",)
+PARTS = ("blocks",)
 
 
 def add_flags(parser) -> None:

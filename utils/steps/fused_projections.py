@@ -11,6 +11,7 @@ from utils.steps import Verdict, gguf, off, on
 
 NAME = "fused_projections"
 AFTER = ("gguf",)
+PARTS = ("blocks", "decoder")
 
 SEPARATE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 

@@ -15,6 +15,7 @@ from utils.steps import Verdict, off, on, refused
 
 NAME = "fusion_limits"
 AFTER = ("inductor_tuning_flags",)
+PARTS = ("pipeline",)
 
 LIMITS = {
     "realize_reads_threshold": 16,  # tensors that an expression may read; Inductor's own: 4

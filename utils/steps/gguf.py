@@ -18,6 +18,7 @@ from utils.steps import Verdict, import_problem, off, on, refused
 
 NAME = "gguf"
 AFTER = ()
+PARTS = ("pipeline",)
 
 
 def add_flags(parser) -> None:

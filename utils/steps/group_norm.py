@@ -10,6 +10,7 @@ from utils.steps import Verdict, off, on, refused
 
 NAME = "group_norm"
 AFTER = ("channels_last",)
+PARTS = ("decoder",)
 
 
 def add_flags(parser) -> None:

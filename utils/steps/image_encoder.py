@@ -11,6 +11,7 @@ from utils.steps import Verdict, off, on, refused
 
 NAME = "image_encoder"
 AFTER = ("channels_last", "inductor_tuning_flags")
+PARTS = ("pipeline",)
 
 
 def add_flags(parser) -> None:

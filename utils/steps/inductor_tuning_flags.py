@@ -10,6 +10,7 @@ from utils.steps import Verdict, off, on
 
 NAME = "inductor_tuning_flags"
 AFTER = ("quant",)
+PARTS = ("pipeline",)
 
 FLAGS = {
     "conv_1x1_as_mm": True,  # 1x1 convolutions (the VAE's shortcuts) become matrix products

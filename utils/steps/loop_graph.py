@@ -17,6 +17,7 @@ from utils.steps import Verdict, off, on, refused, unavailable
 
 NAME = "loop_graph"
 AFTER = ("modulation", "compile", "export_aoti")
+PARTS = ("pipeline",)
 
 
 def add_flags(parser) -> None:

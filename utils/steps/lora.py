@@ -20,6 +20,7 @@ from utils.steps import Verdict, gguf, import_problem, off, on, refused
 
 NAME = "lora"
 AFTER = ("gguf",)
+PARTS = ("pipeline",)
 
 SWAPPED = "swapped"  # the one adapter of --swap_loras
 NOT_BESIDE = ("fused_kernels", "modulation_once", "cache_dit_config")  # read or move the Linears

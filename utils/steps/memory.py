@@ -27,6 +27,7 @@ from utils.steps import Verdict, gguf, off, on, quant, refused, text_quant
 
 NAME = "memory"
 AFTER = ("quant", "text_quant")
+PARTS = ("pipeline",)
 
 
 def _tier_or_size(text: str) -> str:

@@ -15,6 +15,7 @@ from utils.steps import Verdict, off, on, refused
 
 NAME = "modulation"
 AFTER = ()
+PARTS = ("pipeline",)
 
 
 def add_flags(parser) -> None:

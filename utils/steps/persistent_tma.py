@@ -12,6 +12,7 @@ from utils.steps import Verdict, off, on, quant, refused, unavailable
 
 NAME = "persistent_tma"
 AFTER = ("quant", "fused_kernels")
+PARTS = ("blocks",)
 
 
 def add_flags(parser) -> None:

@@ -28,6 +28,7 @@ from utils.steps import Verdict, gguf, import_problem, off, on, refused, unavail
 
 NAME = "quant"
 AFTER = ("fused_projections", "fused_mlp")
+PARTS = ("blocks",)
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 INSTALL = "pip install torchao==0.18.0 (0.17 for torch 2.11)"

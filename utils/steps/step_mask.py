@@ -25,6 +25,7 @@ from utils.steps import Verdict, off, on, refused
 
 NAME = "step_mask"
 AFTER = ("cache_dit", "compile", "export_aoti")
+PARTS = ("pipeline",)
 
 ORDERS = (0, 1, 2)  # of the polynomial: constant, line, parabola
 ORDER, GAIN = 1, 0.5  # where neither a flag nor a preset says otherwise

@@ -14,6 +14,7 @@ from utils.steps import Verdict, off, on
 
 NAME = "subpixel_upsampling"
 AFTER = ()
+PARTS = ("decoder",)
 
 
 def add_flags(parser) -> None:

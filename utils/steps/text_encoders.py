@@ -14,6 +14,7 @@ from utils.steps import Verdict, compile, inductor_tuning_flags, off, on, refuse
 
 NAME = "text_encoders"
 AFTER = ("inductor_tuning_flags",)
+PARTS = ("pipeline",)
 
 
 def add_flags(parser) -> None:

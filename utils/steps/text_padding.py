@@ -12,6 +12,7 @@ from utils.steps import Verdict, off, on
 
 NAME = "text_padding"
 AFTER = ()
+PARTS = ("pipeline",)
 MULTIPLE = 64
 
 

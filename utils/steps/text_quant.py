@@ -13,6 +13,7 @@ from utils.steps import Verdict, off, on, quant, refused, unavailable
 
 NAME = "text_quant"
 AFTER = ("quant",)
+PARTS = ("text",)
 
 
 def add_flags(parser) -> None:

@@ -24,6 +24,7 @@ from utils.steps import (
 
 NAME = "triton_float8"
 AFTER = ("quant", "fused_kernels")
+PARTS = ("blocks",)
 
 
 def add_flags(parser) -> None:

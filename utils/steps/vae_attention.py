@@ -11,6 +11,7 @@ from utils.steps import Verdict, off, on, unavailable
 
 NAME = "vae_attention"
 AFTER = ("fused_projections",)
+PARTS = ("decoder",)
 
 
 def add_flags(parser) -> None:
