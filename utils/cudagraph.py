@@ -1,13 +1,13 @@
 """The one CUDA-graph wrapper: compile and export_aoti both put it around a component's forward.
 
-A graph replays fixed kernels on fixed addresses, so each distinct call gets a graph and static
-input buffers of its own: a call copies its inputs in, replays, and clones the outputs, which are
-therefore safe to keep. Distinct means: structure, every tensor's shape, dtype and device
-(positional or keyword, however nested), and the value of everything that is not a tensor, which
-the recorded kernels have swallowed. All graphs draw on one memory pool, since they never run at
-the same time, and of more than MAX_GRAPHS the least recently used is dropped. Inductor's own CUDA
-graphs know nothing of AOTI packages and hand out memory that the next call overwrites; hence this
-one for both.
+A graph replays fixed kernels on fixed addresses, so every distinct call gets its own graph and its
+own static input buffers: a call copies its inputs in, replays, and clones the outputs, which are
+therefore safe to keep. Two calls are distinct if they differ in structure, in any tensor's shape,
+dtype or device (positional or keyword, however nested), or in the value of anything that is not a
+tensor, since the recorded kernels hold it as a constant. All graphs share one memory pool, because
+they never run at the same time; beyond MAX_GRAPHS the least recently used is dropped. Inductor's
+own CUDA graphs do not cover AOTI packages and hand out memory that the next call overwrites, so
+this wrapper serves both modes.
 """
 
 import gc
@@ -28,7 +28,7 @@ CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, tor
 
 
 class Recorder(Protocol):
-    """Turns a function of nothing into a replay of it on the same memory."""
+    """Records a function without arguments, to be replayed on the same memory."""
 
     def record(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         """Return replay(), which repeats fn's work and returns the outputs it has overwritten."""
@@ -39,7 +39,10 @@ class Recorder(Protocol):
 
 @contextmanager
 def uncollected():
-    """Leave Python's garbage: destroying a graph or a package inside of a capture ends it."""
+    """Keep Python's garbage collector off: if it destroys a graph in a capture, the capture fails.
+
+    A package too.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -50,12 +53,12 @@ def uncollected():
 
 
 def _forget_capture(pool) -> None:
-    """End what a failed capture leaves open: torch raises before its allocator hears of the end.
+    """Tell the CUDA allocator that a failed capture is over: torch raises before it does so itself.
 
     Otherwise every later capture of the process is refused (torch 2.11, CUDAGraph::capture_end).
-    The allocator of pinned memory cannot be told: it refuses this pool alone from then on.
+    The pinned-memory allocator cannot be told; it refuses this pool, and only this one, afterwards.
     """
-    with suppress(RuntimeError):  # it had heard
+    with suppress(RuntimeError):  # torch had told it
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
@@ -66,14 +69,14 @@ class CUDARecorder:
     """
 
     def __init__(self) -> None:
-        # One, made at the first recording, so that importing touches no device; another after each
-        # capture that failed
+        # The last one is in use. The first is made at the first recording, so that importing
+        # touches no device, a new one after every failed capture.
         self.pools: list[tuple[int, int]] = []
 
     def record(self, fn: Callable[[], Any]) -> Callable[[], Any]:
-        """Warm up and capture on torch's one stream for captures, and return the replay.
+        """Warm up and capture, both on torch's capture stream, and return the replay.
 
-        For each stream that it has seen, cuBLAS keeps a workspace: 32 MiB on Hopper.
+        One stream for all: cuBLAS keeps a workspace for every stream it has seen, 32 MiB on Hopper.
         """
         if not self.pools:
             self.pools.append(torch.cuda.graph_pool_handle())
@@ -82,7 +85,7 @@ class CUDARecorder:
         capture = torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
         stream = capture.capture_stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # left after a failed capture too, which torch's own is not
+        with torch.cuda.stream(stream):  # torch.cuda.graph leaves its own after a failure
             for _ in range(WARMUP_CALLS):
                 fn()
             try:
