@@ -97,7 +97,6 @@ def test_a_new_process_loads_what_another_has_built(built, tmp_path):
         "import sys, torch, aoti_pieces as t, utils.pipeline_utils as p\n"
         "from utils import aoti; from utils.steps import export_aoti\n"
         "p.generate, aoti.compile_package = t.generate, None\n"
-        "assert 'utils.kernels.flash_attention' not in sys.modules\n"
         "args = t.make_args(sys.argv[1], use_cached_model=True)\n"
         "pipeline = t.make_pipeline(); export_aoti.apply(pipeline, args)\n"
         "here = torch.load(sys.argv[2])\n"
