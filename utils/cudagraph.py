@@ -39,10 +39,7 @@ class Recorder(Protocol):
 
 @contextmanager
 def uncollected():
-    """Keep Python's garbage collector off: if it destroys a graph in a capture, the capture fails.
-
-    A package too.
-    """
+    """Keep garbage collection off: a graph or package destroyed in a capture makes it fail."""
     enabled = gc.isenabled()
     gc.disable()
     try:

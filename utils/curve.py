@@ -88,8 +88,9 @@ def draw(rows: list[dict]) -> bytes:
         if row["kind"] == "mask" and (row["mask"], row["order"], row["gain"]) in presets:
             name = presets[row["mask"], row["order"], row["gain"]]
             x, y = x_of(row["computed"]), y_of(_worst(row))
-            drawing.line(x, y - 4, x, y - 28, "text")
-            drawing.text(x, y - 36, name, "text", "middle")
+            top = min(y_of(_worst(other)) for other in shown if x_of(other["computed"]) == x)
+            drawing.line(x, y - 4, x, top - 28, "text")
+            drawing.text(x, top - 36, name, "text", "middle")
     drawing.height = bottom + 44
     return to_png(drawing)
 

@@ -138,9 +138,8 @@ def _about(args) -> dict:
         "images": len(args.prompt) * args.num_images_per_prompt,
         "guidance": args.guidance_scale is not None,
     }
-    about = {"component": NAME, "scope": args.compile_scope, "call": call}
-    about["text_tokens"] = args.text_tokens
-    return about
+    shared = {"component": NAME, "scope": args.compile_scope, "call": call}
+    return shared | {"text_tokens": args.text_tokens}
 
 
 def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
