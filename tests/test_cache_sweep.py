@@ -7,14 +7,14 @@ import sys
 import pytest
 from PIL import Image
 
-from utils import cache_sweep, curve
+from utils import cache_points, cache_sweep, curve
 from utils.errors import UserError
 from utils.steps.step_mask import PRESETS, mask_of
 
 
 def test_masks_by_warm_steps_and_period():
     def text(warm, period, steps):
-        return "".join(str(int(c)) for c in cache_sweep.every(warm, period, steps))
+        return "".join(str(int(c)) for c in cache_points.every(warm, period, steps))
 
     assert text(3, 2, 9) == "111010101"
     assert text(4, 3, 12) == "111100100101"
@@ -22,7 +22,7 @@ def test_masks_by_warm_steps_and_period():
 
 
 def test_cache_dits_published_masks_are_points():
-    masks = cache_sweep.published(28)
+    masks = cache_points.published(28)
     assert {name: sum(mask) for name, mask in masks.items()} == {
         "cache-dit's slow": 18,
         "cache-dit's medium": 15,
@@ -33,23 +33,24 @@ def test_cache_dits_published_masks_are_points():
 
 def test_points_have_names_of_their_own_and_fit_the_steps():
     for steps in (5, 8, 28, 50):
-        listed = cache_sweep.points(steps)
+        listed = cache_points.points(steps)
         assert len({point.name for point in listed}) == len(listed)
         assert {point.kind for point in listed} <= set(curve.STYLES)
         assert all(len(point.mask) == steps for point in listed if point.mask)
         masks = {point.mask for point in listed}
         assert all(mask_of(name, steps) in masks for name in PRESETS)
-    kinds = cache_sweep.choose(listed, "dbcache, 4/3 o0 g1")
-    assert len(kinds) == len(cache_sweep.THRESHOLDS) + 1
+    kinds = cache_points.choose(listed, "dbcache, 4/3 o0 g1")
+    assert len(kinds) == len(cache_points.THRESHOLDS) + 1
     with pytest.raises(UserError, match="unknown point 'dbcach'"):
-        cache_sweep.choose(listed, "dbcach")
+        cache_points.choose(listed, "dbcach")
 
 
 def test_two_prompts_make_rows_and_a_plot(monkeypatch, tmp_path, capsys):
     path = tmp_path / "curve.jsonl"
-    names = "8/1 o1 g0.5,4/3 o1 g0.5,4/3 blocks o1,8 steps,threshold 0.5"
-    monkeypatch.setattr(cache_sweep, "WARM", (4, 8))
-    monkeypatch.setattr(cache_sweep, "PERIODS", (1, 3))
+    names = "8/1 o1 g0.5,4/3 o1 g0.5,4/3 blocks o1,8 steps,threshold 0.5,"
+    names += "first-block cache 0.04,first-block cache 0.5,magcache 0.5"
+    monkeypatch.setattr(cache_points, "WARM", (4, 8))
+    monkeypatch.setattr(cache_points, "PERIODS", (1, 3))
     call = ("--num_inference_steps", "9", "--max_sequence_length", "64", "--quality_prompts", "2")
     flags = ("--device", "cpu", *call, "--points", names, "--results", str(path))
     monkeypatch.setattr(sys, "argv", ["cache_sweep.py", *flags])
@@ -62,6 +63,10 @@ def test_two_prompts_make_rows_and_a_plot(monkeypatch, tmp_path, capsys):
     assert 20 < mask["quality"]["psnr_db_worst"] <= mask["quality"]["psnr_db_mean"]
     assert rows["4/3 blocks o1"]["computed"] == 6 and rows["8 steps"]["computed"] == 8
     assert 4 <= rows["threshold 0.5"]["computed"] < 9
+    whole, reused = rows["first-block cache 0.04"], rows["first-block cache 0.5"]
+    assert whole["computed"] == 9 and whole["quality"]["psnr_db_worst"] is None
+    for cached in (reused, rows["magcache 0.5"]):
+        assert 2 <= cached["computed"] < 9 and cached["quality"]["psnr_db_worst"] > 20
     for row in rows.values():
         assert row["psnr_on_flux"] == "not measured" and len(row["call"]["prompt"]) == 2
         assert row["quality"]["checker_right"] is not None and row["environment"]["versions"]
@@ -87,6 +92,7 @@ def test_the_front_is_what_nothing_cheaper_beats():
         (("--step_mask", "fast"), "the sweep sets them itself"),
         (("--random_weights",), "their pictures mean nothing"),
         (("--points", "all"), "unknown point 'all'"),
+        (("--fused_mlp", "--points", "magcache"), "leave out the step fused_mlp, or name other"),
     ],
 )
 def test_what_has_no_curve_is_refused_in_one_line(flags, expected, monkeypatch):

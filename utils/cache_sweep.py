@@ -1,12 +1,13 @@
 """Draw the curve of step caching, computed steps against PSNR: python -m utils.cache_sweep
 
 Every point is the run that the flags describe with some of its steps reused, compared with the same
-run that computes all of them, same prompts and seeds. Five kinds: a mask (`--step_mask`), DBCache
+run that computes all of them, same prompts and seeds. Its kinds: a mask (`--step_mask`), DBCache
 with its thresholds (`--cache_dit_config`, which decides by itself), DBCache with a mask's steps (to
 compare predicting the middle blocks' residual with predicting the whole output), masks calibrated
-on other prompts and seeds of the same weights (utils/calibrate.py), and simply fewer steps, which a
-cache has to beat. Rows go to results/curves/<checkpoint>.jsonl, the plot beside them. The presets
-of utils/steps/step_mask.py are read off it.
+on other prompts and seeds of the same weights (utils/calibrate.py), diffusers' own step caches
+(utils/diffusers_caches.py), and simply fewer steps, which a cache has to beat. Rows go to
+results/curves/<checkpoint>.jsonl, the plot beside them. The presets of utils/steps/step_mask.py are
+read off it.
 
 With FLUX.1's own weights: python -m utils.cache_sweep --ckpt black-forest-labs/FLUX.1-dev
 """
@@ -17,85 +18,19 @@ import shlex
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from utils import diffusers_caches
 from utils.benchmark_utils import create_parser
+from utils.cache_points import Point, choose, points
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
-from utils.steps.step_mask import PRESETS, mask_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1
-PREDICTIONS = ((0, 1.0), (1, 0.5), (1, 1.0), (2, 0.5))  # order and gain
-WARM, PERIODS = (3, 4, 6), (2, 3, 4, 5)
-FEWER = (24, 20, 16, 14, 12, 10, 8)  # steps of a plain run
-THRESHOLDS = (0.04, 0.08, 0.12, 0.2, 0.3, 0.5)
-BLOCKS = ((4, 3), (4, 4))  # warm steps and period of masks that DBCache is given as well
-CALIBRATED = (6, 7, 8, 10, 12, 14, 16)  # computed steps of masks fitted to the weights
 SETTINGS = ROOT / "cache_config.yaml"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One way to compute less."""
-
-    name: str
-    kind: str  # "mask", "calibrated", "dbcache", "dbcache mask" or "fewer steps"
-    mask: tuple[bool, ...] | None = None
-    order: int = 0
-    gain: float = 1.0
-    steps: int | None = None  # of a plain run, or to be computed by a calibrated mask
-    settings: dict | None = None  # cache-dit's, over those of cache_config.yaml
-
-
-def every(warm: int, period: int, steps: int) -> tuple[bool, ...]:
-    """Compute the first `warm` steps, from the last of them every `period`-th, and the last."""
-    return tuple(
-        step < warm or (step - warm + 1) % period == 0 or step == steps - 1 for step in range(steps)
-    )
-
-
-def published(steps: int) -> dict[str, tuple[bool, ...]]:
-    """Give the masks that cache-dit publishes for 28 steps, read from the installed package."""
-    from cache_dit import steps_mask
-
-    if steps < 8:  # it has masks for 4 and 6 steps of distilled models, and no others
-        return {}
-    names = ("slow", "medium", "fast", "ultra")
-    return {
-        f"cache-dit's {name}": tuple(map(bool, steps_mask(total_steps=steps, mask_policy=name)))
-        for name in names
-    }
-
-
-def points(steps: int) -> list[Point]:
-    """List every point of the curve for a number of steps."""
-    masks = {f"{w}/{p}": every(w, p, steps) for w in WARM for p in PERIODS} | published(steps)
-    for name in PRESETS:  # of 28 steps they are some of those above
-        if (mask := mask_of(name, steps)) not in masks.values():
-            masks[name] = mask
-    found = [
-        Point(f"{name} o{order} g{gain:g}", "mask", mask, order, gain)
-        for name, mask in masks.items()
-        for order, gain in PREDICTIONS
-    ]
-    found += [Point(f"calibrated {n}", "calibrated", steps=n) for n in CALIBRATED if n < steps]
-    found += [Point(f"{n} steps", "fewer steps", steps=n) for n in FEWER if n < steps]
-    for value in THRESHOLDS:
-        settings = {"residual_diff_threshold": value}
-        found.append(Point(f"threshold {value:g}", "dbcache", settings=settings))
-    for warm, period in BLOCKS:
-        mask = every(warm, period, steps)
-        for taylor in (False, True):
-            settings = {
-                "steps_computation_mask": [int(computed) for computed in mask],
-                "steps_computation_policy": "static",
-                "enable_taylorseer": taylor,
-            }
-            label = f"{warm}/{period} blocks o{int(taylor)}"
-            found.append(Point(label, "dbcache mask", mask, settings=settings))
-    return found
+EAGER = ("--compile_export_mode", "disabled")
 
 
 class Sweep:
@@ -118,7 +53,7 @@ class Sweep:
             self.run(self.pipeline, other)[0].images, self.full.images
         )
         self.recorded = None  # the calibration's full loop
-        self.eager = self.full if self.args.compile_export_mode == "disabled" else None
+        self.eager = self.plain = self.ratios = None  # made when a kind needs them
 
     def run(self, pipeline, args, computed=None) -> tuple:
         """Make the pictures of every prompt, image k seeded with seed + k.
@@ -158,7 +93,8 @@ class Sweep:
             fewer.num_inference_steps = point.steps
             found, computed = self.run(self.pipeline, fewer)
         else:
-            found, computed = self._dbcache(point.settings)
+            run = self._dbcache if point.kind.startswith("dbcache") else self._diffusers
+            found, computed = run(point)
             full = self.eager
         args = self.args
         own = args.checkpoint.source != "bundled" and not args.random_weights
@@ -193,33 +129,58 @@ class Sweep:
 
     def _calibrated(self, point: Point) -> tuple[Point, dict]:
         """Fit a mask on prompts and seeds of the calibration's own; the full loop runs once."""
-        from utils import calibrate, fit_mask
+        from utils import fit_mask
 
-        args = copy.copy(self.args)
-        args.prompt, args.seed = calibrate.prompts_of(args), args.seed + calibrate.SEED
+        args = _others(self.args)
         self.recorded = self.recorded or fit_mask.record(self.pipeline, args)
         mask, table, _ = fit_mask.fit(self.pipeline, args, *self.recorded, point.steps)
         mask = tuple(computed == "1" for computed in mask)
         return replace(point, mask=mask, order=fit_mask.LAST - 1), table
 
-    def _dbcache(self, settings: dict) -> tuple:
-        """Run DBCache eagerly: what it computes does not depend on a compiler."""
+    def _load_eager(self) -> None:
+        """Make the pictures of all steps eagerly, once: caches decide on the host, between blocks.
+
+        What a cache computes does not depend on a compiler.
+        """
+        from utils.pipeline_utils import load_pipeline, optimize
+
+        if self.eager is None:
+            args = _settle([*self.argv, *EAGER])
+            self.plain = optimize(load_pipeline(args), args)
+            self.eager, _ = self.run(self.plain, args, lambda: range(args.num_inference_steps))
+
+    def _dbcache(self, point: Point) -> tuple:
         import yaml
 
         from utils.pipeline_utils import load_pipeline, optimize, reused_steps
 
-        eager = ("--compile_export_mode", "disabled")
-        if self.eager is None:
-            args = _settle([*self.argv, *eager])
-            plain = optimize(load_pipeline(args), args)
-            self.eager, _ = self.run(plain, args, lambda: range(args.num_inference_steps))
+        self._load_eager()
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             base = yaml.safe_load(SETTINGS.read_text())["cache_config"]
-            yaml.safe_dump({"cache_config": base | settings}, file)
+            yaml.safe_dump({"cache_config": base | point.settings}, file)
             file.flush()
-            args = _settle([*self.argv, *eager, "--cache_dit_config", file.name])
+            args = _settle([*self.argv, *EAGER, "--cache_dit_config", file.name])
             pipeline = optimize(load_pipeline(args), args)
         return self.run(pipeline, args, lambda: reused_steps(pipeline, args)["computed"])
+
+    def _diffusers(self, point: Point) -> tuple:
+        """Run a cache of diffusers; MagCache's ratios are those of the calibration's prompts."""
+        self._load_eager()
+        kind, settings, steps = point.kind, point.settings, self.args.num_inference_steps
+        if kind == diffusers_caches.MAGNITUDE and self.ratios is None:
+            self.ratios = diffusers_caches.calibrate(self.plain, _others(self.args))
+        config = diffusers_caches.config_of(kind, settings, steps, self.ratios)
+        with diffusers_caches.enabled(self.plain.transformer, config) as computed:
+            return self.run(self.plain, self.args, computed)
+
+
+def _others(args):
+    """Give the call with the calibration's prompts and seeds."""
+    from utils import calibrate
+
+    args = copy.copy(args)
+    args.prompt, args.seed = calibrate.prompts_of(args), args.seed + calibrate.SEED
+    return args
 
 
 def _settle(argv: list[str]):
@@ -239,24 +200,6 @@ def parser():
     add("--results", metavar="JSONL", help="default: results/curves/<checkpoint>.jsonl")
     found.set_defaults(ckpt="tiny-dev", output_file=None)
     return found
-
-
-def choose(listed: list[Point], wanted: str | None) -> list[Point]:
-    """Pick points by name or kind.
-
-    Raises: UserError for a word that is neither.
-    """
-    if wanted is None:
-        return listed
-    words = [word.strip() for word in wanted.split(",")]
-    for word in words:
-        if not any(word in (point.name, point.kind) for point in listed):
-            kinds = ", ".join(dict.fromkeys(point.kind for point in listed))
-            raise UserError(
-                f"--points: unknown point {word!r} (expected kinds: {kinds}, or names such as "
-                f"{listed[0].name!r})"
-            )
-    return [point for point in listed if point.name in words or point.kind in words]
 
 
 def line(row: dict) -> str:
@@ -286,6 +229,8 @@ def main() -> None:
     if args.checkpoint.kind == "schnell":
         raise UserError(f"--ckpt {args.ckpt}: Schnell's four steps are all different; take Dev")
     wanted = choose(points(args.num_inference_steps), args.points)
+    if problem := diffusers_caches.problem(args, {point.kind for point in wanted}):
+        raise UserError(f"{problem}, or name other kinds in --points")
     path.parent.mkdir(parents=True, exist_ok=True)
     print(card.render(args), flush=True)
     sweep = Sweep(argv)

@@ -6,7 +6,8 @@ steps, the best that any of them reaches. The presets are named.
 
 import itertools
 
-from utils.report_plot import WIDTH, Drawing, ticks, to_png
+from utils.diffusers_caches import FIRST_BLOCK, MAGNITUDE
+from utils.report_plot import WIDTH, Drawing, text_width, ticks, to_png
 from utils.steps.step_mask import PRESETS
 
 LEFT, RIGHT, TOP, HEIGHT = 64, WIDTH - 24, 56, 420  # pixels
@@ -17,6 +18,8 @@ STYLES = {
     "calibrated": "good",
     "dbcache": "floor",
     "dbcache mask": "whisker",
+    FIRST_BLOCK: "violet",
+    MAGNITUDE: "gold",
     "fewer steps": "muted",
 }
 WORDS = {
@@ -24,6 +27,8 @@ WORDS = {
     "calibrated": "calibrated mask",
     "dbcache": "DBCache, thresholds",
     "dbcache mask": "DBCache, a mask's steps",
+    FIRST_BLOCK: "first-block cache",
+    MAGNITUDE: "MagCache",
     "fewer steps": "fewer steps",
 }
 
@@ -65,7 +70,7 @@ def draw(rows: list[dict]) -> bytes:
         if any(row["kind"] == kind for row in rows):
             drawing.box(at, 34, 8, 8, style)
             drawing.text(at + 14, 38, WORDS[kind], "muted", size=12)
-            at += 176
+            at += 34 + text_width(WORDS[kind], 12)
     for mark in marks:
         drawing.line(LEFT, y_of(mark), RIGHT, y_of(mark), "grid")
         drawing.text(LEFT - 8, y_of(mark), f"{mark:g} dB", "muted", "end", 12)

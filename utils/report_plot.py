@@ -25,6 +25,8 @@ COLOURS = {
     "whisker": "#1f2328",
     "floor": "#c2410c",
     "good": "#2f7d32",
+    "violet": "#8250df",
+    "gold": "#bf8700",
 }
 
 
@@ -88,6 +90,11 @@ def _font(size: float):
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
+
+
+def text_width(words: str, size: int = 13) -> float:
+    """Measure one line of text. Units: pixels"""
+    return _font(size).getlength(words)
 
 
 def shorten(words: str, width: float, size: int = 13) -> str:
@@ -161,7 +168,7 @@ def _legend(drawing: Drawing, y: float, timed: list[Bar]) -> None:
         else:
             _box(drawing, x, y - 6, 18, 12, lossy=kind == "lossy")
         drawing.text(x + 26, y, words, "muted", size=12)
-        x += 26 + 1.15 * _font(12).getlength(words) + 24  # the page's font may be wider
+        x += 26 + 1.15 * text_width(words, 12) + 24  # the page's font may be wider
 
 
 def _bar(drawing: Drawing, bar: Bar, left: float, middle: float, scale: float) -> None:
