@@ -3,24 +3,35 @@
 import time
 from contextlib import nullcontext
 
+from utils import embeddings
 from utils.benchmark_utils import create_parser
 from utils.errors import run_script
 from utils.quiet import quiet_libraries
+from utils.steps import PARTS
 from utils.steps.memory import out_of_memory_explained
 
 
 def main() -> None:
     """Parse, check, load, optimise, generate, save."""
-    args = create_parser("Make images with every optimisation on.").parse_args()
+    parser = create_parser("Make images with every optimisation on.")
+    embeddings.add_flag(parser)
+    args = parser.parse_args()
     quiet_libraries()
     from utils.prepare import announce_and_load, prepare
 
     with out_of_memory_explained(args):
         prepare(args)
-        produce(*announce_and_load(args), args)
+        if not args.embedding_cache:
+            produce(*announce_and_load(args), args)
+            return
+        text = embeddings.Remembered(args, embeddings.open_cache(args))
+        pipeline, load_s = announce_and_load(args, text.unneeded)
+        text.install(pipeline)
+        produce(pipeline, load_s, args, text.parts)
+        print(text.line())
 
 
-def produce(pipeline, load_s: float, args) -> None:
+def produce(pipeline, load_s: float, args, parts: tuple[str, ...] = PARTS) -> None:
     """Optimise a loaded pipeline, generate, save, and say what it took; extras/ do so too."""
     from utils import card, cudagraph
     from utils.calls import only_known_calls
@@ -29,7 +40,7 @@ def produce(pipeline, load_s: float, args) -> None:
     from utils.steps import lora
 
     start = time.perf_counter()
-    optimize(pipeline, args)
+    optimize(pipeline, args, parts)
     optimized = time.perf_counter()
     calls_s = []
     for ending in lora.turns(pipeline, args):

@@ -7,8 +7,8 @@ the contents of files that flags name, the checkpoint's weights, every step that
 settings, the machine, the versions and the sources of steps and kernels. A flag that this module
 does not know belongs to it too, so a new one cannot be forgotten.
 
-A request that was made before loads no weight. Otherwise its text embeddings are looked for (they
-depend on neither seed nor size), and the picture is made and stored. Entries are packages of
+A request that was made before loads no weight. Otherwise its text embeddings are looked for
+(utils/embeddings.py), and the picture is made and stored. Entries are packages of
 utils/artifacts: a private folder, digests that are checked before use, atomic writes, one builder
 at a time, the least recently used ones leave first. Benchmarks never come here.
 """
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils import artifacts
+from utils import artifacts, embeddings
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
@@ -39,7 +39,6 @@ NEUTRAL = {  # flags that decide where things lie or whether the run starts, nev
 EXPLAINS = ("why",)  # settings that give a reason and change nothing
 SOURCES = Path(artifacts.__file__).parent.parent  # utils: whoever edits a step wants its picture
 FIRST = ".png0"  # ending of a request's first picture
-TEXT = ".safetensors"
 
 
 def request_identity(args) -> dict:
@@ -53,11 +52,6 @@ def request_identity(args) -> dict:
         # not Path.is_file: a long negative prompt is no name that a file could have
         "files": {name: _digest(Path(name)) for name in named if os.path.isfile(name)},
     }
-
-
-def text_identity(args, **call) -> dict:
-    """Say what the embeddings of one call of encode_prompt depend on."""
-    return _of_run(args) | {"component": "text", "call": call}
 
 
 def _of_run(args) -> dict:
@@ -102,47 +96,12 @@ def find_pictures(root: Path, identity: dict) -> tuple[list[bytes], list[str]]:
 
     Returns: PNG files in order, none if there is no whole entry; then what stands against it.
     """
-    files, lines = _contents(root, identity, FIRST)
-    return [files[f".png{k}"] for k in range(len(files))], lines
-
-
-def _contents(root: Path, identity: dict, kind: str) -> tuple[dict[str, bytes], list[str]]:
-    """Read an entry's files; none if there is no whole one, or another process has removed it."""
-    package, lines = artifacts.find(root, identity, kind)
+    package, lines = artifacts.find(root, identity, FIRST)
     try:
         files = package.files if package else {}
-        return {ending: path.read_bytes() for ending, path in files.items()}, lines
+        return [files[f".png{k}"].read_bytes() for k in range(len(files))], lines
     except FileNotFoundError:
-        return {}, [f"{package.name}: removed by another process"]
-
-
-def remember_text(pipeline, args, root: Path, seen: dict[str, int]) -> None:
-    """Let encode_prompt look for its result before it computes it; `seen` counts both.
-
-    Embeddings that are handed over by the caller pass through.
-    """
-    from safetensors.torch import load, save
-
-    encode, device = pipeline.encode_prompt, pipeline.device
-
-    def remembering(prompt=None, prompt_2=None, **named):
-        given = {key: named.get(key) for key in ("prompt_embeds", "pooled_prompt_embeds")}
-        if any(value is not None for value in given.values()):
-            return encode(prompt, prompt_2, **named)
-        others = {key: str(value) for key, value in named.items() if key not in given}
-        identity = text_identity(args, prompt=prompt, prompt_2=prompt_2, **others)
-        files, _ = _contents(root, identity, TEXT)
-        seen["hits" if files else "misses"] += 1
-        if not files:
-            tensors = dict(zip("012", encode(prompt, prompt_2, **named), strict=True))
-            content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-            with artifacts.building(root, identity):
-                artifacts.save(root, identity, {TEXT: content}, {})
-        else:
-            tensors = load(files[TEXT])
-        return tuple(tensors[name].to(device) for name in "012")
-
-    pipeline.encode_prompt = remembering
+        return [], [f"{package.name}: removed by another process"]
 
 
 def evict(root: Path, max_size: int) -> None:
@@ -179,16 +138,17 @@ def make(args, root: Path, identity: dict, scratch: Path) -> list[Path]:
     from utils.pipeline_utils import generate, load_pipeline, optimize, reused_steps
 
     print(card.render(args), flush=True)
-    seen = {"hits": 0, "misses": 0}
-    pipeline = optimize(load_pipeline(args), args)
-    remember_text(pipeline, args, root, seen)
+    text = embeddings.Remembered(args, root)
+    pipeline = load_pipeline(args, text.unneeded)
+    text.install(pipeline)
+    optimize(pipeline, args, text.parts)
     alone = copy.copy(args)
     alone.output_file = str(scratch / "x.png")
     made = save_images(generate(pipeline, args), alone, reused_steps(pipeline, args))
     pictures = [path.read_bytes() for path in made]
     paths = write_pictures(pictures, args.output_file)
     artifacts.save(root, identity, {f".png{k}": png for k, png in enumerate(pictures)}, {})
-    print(f"text        {'found' if seen['hits'] else 'encoded and stored'}")
+    print(text.line())
     return paths
 
 
@@ -211,14 +171,12 @@ def main() -> None:
     limit = parse_size(args.max_size)
     if args.swap_loras:
         raise UserError("--swap_loras: a request is one call; use --lora alone, or gen_image.py")
-    if problem := artifacts.cache_problem(args.request_cache):
-        raise UserError(problem.replace("--cache-dir", "--request_cache", 1))
     quiet_libraries()
     from utils.prepare import prepare
 
     start = time.perf_counter()
     prepare(args)
-    root = artifacts.open_cache(args.request_cache)
+    root = embeddings.open_cache(args, "--request_cache")
     identity = request_identity(args)
     pictures, lines = find_pictures(root, identity)
     if not pictures:

@@ -14,7 +14,7 @@ from doctor_pieces import ROOT, without
 from PIL import Image
 
 from extras import cached, prompts
-from utils import artifacts
+from utils import artifacts, embeddings
 from utils.errors import UserError
 
 PICTURE = {  # flags that may change the picture: each has to enter the key
@@ -279,11 +279,11 @@ def test_what_is_stored_is_what_was_made_whoever_writes_the_output(tmp_path, mon
         return paths
 
     monkeypatch.setattr(images, "save_images", saved)
-    monkeypatch.setattr(pipeline_utils, "load_pipeline", lambda args: None)
-    monkeypatch.setattr(pipeline_utils, "optimize", lambda pipeline, args: None)
+    monkeypatch.setattr(pipeline_utils, "load_pipeline", lambda args, without: None)
+    monkeypatch.setattr(pipeline_utils, "optimize", lambda pipeline, args, parts: None)
     monkeypatch.setattr(pipeline_utils, "generate", lambda pipeline, args: [drawn])
     monkeypatch.setattr(pipeline_utils, "reused_steps", lambda pipeline, args: None)
-    monkeypatch.setattr(cached, "remember_text", lambda *_: None)
+    monkeypatch.setattr(embeddings.Remembered, "install", lambda *_: None)
     with artifacts.building(root, identity) as scratch:
         paths = cached.make(args, root, identity, scratch)
     assert paths == [tmp_path / "x.png"]

@@ -73,10 +73,11 @@ STEPS = (
 )
 
 
-def load_pipeline(args):
+def load_pipeline(args, without: tuple[str, ...] = ()):
     """Load or build the pipeline of `args.checkpoint`, bf16 unless turned off.
 
-    It is on its device, or on the host if step `memory` is to place it.
+    It is on its device, or on the host if step `memory` is to place it. Components of stored
+    weights that are named in `without` are None.
 
     Returns: diffusers.FluxPipeline or FluxKontextPipeline, unchanged by any step.
     Raises: UserError if the weights are missing, damaged or not to be had.
@@ -96,9 +97,9 @@ def load_pipeline(args):
 
         cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
         source = args.checkpoint.path or args.checkpoint.name
-        other = {"transformer": None} if args.gguf_file else {}  # step gguf brings it
+        absent = (*without, "transformer") if args.gguf_file else without  # step gguf brings it
         try:
-            pipeline = cls.from_pretrained(source, dtype=args.dtype, **other)
+            pipeline = cls.from_pretrained(source, dtype=args.dtype, **dict.fromkeys(absent))
         except (OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())
             raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error

@@ -67,8 +67,8 @@ def settle_call(args) -> None:
     _settle_mode(args)
 
 
-def announce_and_load(args) -> tuple:
-    """Print what a settled run is, and load its pipeline.
+def announce_and_load(args, without: tuple[str, ...] = ()) -> tuple:
+    """Print what a settled run is, and load its pipeline, `without` some components.
 
     Returns: the pipeline, untouched by any step, and the seconds that loading took.
     """
@@ -79,7 +79,7 @@ def announce_and_load(args) -> tuple:
     print(card.render(args), flush=True)
     set_rand_seeds(args.seed)
     start = time.perf_counter()
-    pipeline = load_pipeline(args)
+    pipeline = load_pipeline(args, without)
     load_s = time.perf_counter() - start
     report_cut_prompts(pipeline, args)
     return pipeline, load_s

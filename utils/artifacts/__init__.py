@@ -14,7 +14,13 @@ from utils.artifacts.digests import checkpoint_digest, file_digest, files_below
 from utils.artifacts.identity import code_digest, differences, environment, name_of
 from utils.artifacts.private import cache_problem, open_cache, write_atomically
 from utils.artifacts.remote import flag_problem
-from utils.artifacts.run import identity_of_run, known_early, no_cached_model, stored_problems
+from utils.artifacts.run import (
+    identity_of_run,
+    known_early,
+    no_cached_model,
+    sources_of_run,
+    stored_problems,
+)
 from utils.artifacts.store import (
     FORMAT,
     Package,
@@ -48,6 +54,7 @@ __all__ = [
     "open_cache",
     "read_manifest",
     "save",
+    "sources_of_run",
     "stored_problems",
     "write_atomically",
 ]

@@ -170,7 +170,8 @@ def place(pipeline, args, tier: str) -> None:
     }
     pipeline.vae.to(args.device)  # 0.2 GiB
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-        apply_group_offloading(encoder, offload_type="leaf_level", **how)
+        if encoder is not None:  # the embeddings are there already
+            apply_group_offloading(encoder, offload_type="leaf_level", **how)
     if tier == "group":
         blocks = {"offload_type": "block_level", "num_blocks_per_group": 1}
         apply_group_offloading(pipeline.transformer, **blocks, **how)
