@@ -96,12 +96,8 @@ def find_pictures(root: Path, identity: dict) -> tuple[list[bytes], list[str]]:
 
     Returns: PNG files in order, none if there is no whole entry; then what stands against it.
     """
-    package, lines = artifacts.find(root, identity, FIRST)
-    try:
-        files = package.files if package else {}
-        return [files[f".png{k}"].read_bytes() for k in range(len(files))], lines
-    except FileNotFoundError:
-        return [], [f"{package.name}: removed by another process"]
+    files, lines = artifacts.read(root, identity, FIRST)
+    return [files[f".png{k}"] for k in range(len(files))], lines
 
 
 def evict(root: Path, max_size: int) -> None:

@@ -40,6 +40,23 @@ def test_store_round_trip_and_replacement(tmp_path):
     ]
 
 
+def test_a_package_that_another_process_removes_is_none(tmp_path, monkeypatch):
+    """Whoever makes room or stores its own may do it between a look and the reading."""
+    root = store(tmp_path)
+    saved = artifacts.save(root, IDENTITY, {".pt2": b"code", ".txt": b"more"}, {})
+    assert artifacts.read(root, IDENTITY, ".pt2") == ({".pt2": b"code", ".txt": b"more"}, [])
+    find = artifacts.find
+
+    def found(*where):
+        package = find(*where)
+        saved.files[".pt2"].unlink()
+        return package
+
+    monkeypatch.setattr("utils.artifacts.store.find", found)
+    removed = ({}, [f"{saved.name}: removed by another process"])
+    assert artifacts.read(root, IDENTITY, ".pt2") == removed
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", range(6))
 def test_an_interrupted_save_leaves_the_previous_package(tmp_path, monkeypatch, error, call):

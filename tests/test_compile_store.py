@@ -44,6 +44,20 @@ def test_the_next_start_of_the_same_run_loads_it(stored):
     assert compile._load(root, PARTS, args)[1] is True and loaded == [b"abc"]
 
 
+def test_what_another_process_removes_meanwhile_is_compiled_anew(stored, monkeypatch):
+    root, args, loaded = stored
+    find = artifacts.find
+
+    def found(*where):
+        package = find(*where)
+        for path in package[0].files.values():
+            path.unlink()
+        return package
+
+    monkeypatch.setattr("utils.artifacts.store.find", found)
+    assert compile._load(root, PARTS, args)[1] is True and not loaded
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "early"),
     [

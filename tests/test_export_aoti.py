@@ -90,6 +90,29 @@ def test_second_start_builds_nothing(built, counted):
     assert len(counted) == before
 
 
+def test_a_package_that_is_removed_before_it_is_loaded_is_built_again(
+    built, copied, counted, monkeypatch
+):
+    """Another process makes room, or stores its own, after the look that verified it."""
+    attach, removed = aoti.attach, []
+
+    def attaching(component, files, expected):
+        if component.name == "decoder" and not removed:
+            removed.append([path.unlink() for path in files.values()])
+        return attach(component, files, expected)
+
+    monkeypatch.setattr(aoti, "attach", attaching)
+    before = len(counted)
+    pipeline, args = make_pipeline(), make_args(copied)
+    export_aoti.apply(pipeline, args)
+    assert counted[before:] == ["decoder"]
+    torch.testing.assert_close(generate(pipeline, args), built.eager, rtol=1e-4, atol=1e-4)
+    removed.clear()
+    args.use_cached_model = True
+    with pytest.raises(UserError, match=r"--use-cached-model: decoder-.*: found No such file"):
+        export_aoti.apply(make_pipeline(), args)
+
+
 @pytest.mark.slow
 def test_a_new_process_loads_what_another_has_built(built, tmp_path):
     torch.save(generate(built.pipeline, built.args), tmp_path / "here.pt")

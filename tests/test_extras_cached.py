@@ -248,22 +248,6 @@ def test_of_two_processes_at_once_one_makes_the_picture(tmp_path):
     assert not list((tmp_path / "memory").glob(".*"))
 
 
-def test_an_entry_that_another_process_removes_is_none(tmp_path, monkeypatch):
-    """Whoever makes room may do it between a look and the reading."""
-    root, identity = artifacts.open_cache(tmp_path / "memory"), {"component": "request"}
-    artifacts.save(root, identity, {cached.FIRST: b"png"}, {})
-    find = artifacts.find
-
-    def found(*where):
-        package = find(*where)
-        cached.evict(root, 0)
-        return package
-
-    monkeypatch.setattr(artifacts, "find", found)
-    pictures, (line,) = cached.find_pictures(root, identity)
-    assert pictures == [] and line.endswith("removed by another process")
-
-
 def test_what_is_stored_is_what_was_made_whoever_writes_the_output(tmp_path, monkeypatch):
     """Two requests in one folder have the same name for their picture."""
     from utils import images, pipeline_utils

@@ -10,7 +10,6 @@ Timed runs never come here: run_benchmark.py does not know the flag. extras/cach
 requests, and their text by this.
 """
 
-import contextlib
 from pathlib import Path
 
 from utils import artifacts, guidance
@@ -78,10 +77,9 @@ class Remembered:
         self.identities = {tuple(text): identity_of(args, text) for text in texts if text}
         self.known = {}
         for texts, identity in self.identities.items():
-            package, _ = artifacts.find(root, identity, ENDING)
-            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                if package:
-                    self.known[texts] = self._tensors(package.files[ENDING].read_bytes())
+            files, _ = artifacts.read(root, identity, ENDING)
+            if files:
+                self.known[texts] = self._tensors(files[ENDING])
         self.wanted, self.found = len(self.identities), len(self.known)
 
     @property

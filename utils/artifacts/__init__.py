@@ -28,6 +28,7 @@ from utils.artifacts.store import (
     damage,
     find,
     nearest,
+    read,
     read_manifest,
     save,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "nearest",
     "no_cached_model",
     "open_cache",
+    "read",
     "read_manifest",
     "save",
     "sources_of_run",

@@ -116,6 +116,21 @@ def find(root: Path, identity: dict, code: str = ".pt2") -> tuple[Package | None
     return Package(name, files, manifest["constants"]), []
 
 
+def read(root: Path, identity: dict, ending: str) -> tuple[dict[str, bytes], list[str]]:
+    """Read all files of a package of this run, verified as by find().
+
+    Returns: contents by suffix and no line; or none, and what stands against it: that another
+        process has just replaced it or made room, too.
+    """
+    package, lines = find(root, identity, ending)
+    if package is None:
+        return {}, lines
+    try:
+        return {suffix: path.read_bytes() for suffix, path in package.files.items()}, []
+    except FileNotFoundError:
+        return {}, [f"{package.name}: removed by another process"]
+
+
 def damage(root: Path, identity: dict, lines: list[str]) -> str:
     """Say that the run's own package is there and unusable, by find()'s lines; "" if none is."""
     if not os.path.lexists(root / f"{name_of(identity)}.json"):

@@ -150,23 +150,20 @@ def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     """
     import torch
 
-    from utils.artifacts import damage, find, identity_of_run, no_cached_model
+    from utils.artifacts import damage, identity_of_run, name_of, no_cached_model, read
 
     identity = identity_of_run(args, compiler_options(args)) | _about(args)
     identity["parts"] = [*components(pipeline), *(["text"] if args.compile_text_encoders else [])]
-    package, lines = find(root, identity, STORED)
-    try:
-        made = package and package.files[STORED].read_bytes()
-    except FileNotFoundError:  # another process has just stored its own, or made room
-        package, lines = None, [f"{package.name}: removed by another process"]
-    if package is None and args.use_cached_model:
+    made, lines = read(root, identity, STORED)
+    if not made and args.use_cached_model:
         raise UserError(no_cached_model(lines))
-    if package is None or args.force_export:
-        if package is None and (why := damage(root, identity, lines)):
+    if not made or args.force_export:
+        if not made and (why := damage(root, identity, lines)):
             say(NAME, why)
         return identity, True
-    torch.compiler.load_cache_artifacts(made)
-    say(NAME, f"loaded {package.name}, {package.size / 2**20:.1f} MiB, from {root}")
+    torch.compiler.load_cache_artifacts(made[STORED])
+    size = len(made[STORED]) / 2**20
+    say(NAME, f"loaded {name_of(identity)}, {size:.1f} MiB, from {root}")
     return identity, False
 
 

@@ -151,7 +151,12 @@ def apply(pipeline, args) -> None:
                     f"export_aoti: {component.name}: has tensors that are no weights, which all "
                     "blocks would share; use --compile_scope full"
                 )
-            run = aoti.attach(component, package.files, package.constants)
+            try:
+                run = aoti.attach(component, package.files, package.constants)
+            except Exception:
+                if not packages.removed(package):
+                    raise
+                return provide(component)
             if on_gpu and component.name in graphed:  # no graph inside of a graph
                 run = CUDAGraphWrapper(run, component.name, pool)
             return run
@@ -252,6 +257,13 @@ class _Packages:
             package = self._build(component, identity)
         self.known[package.name] = package
         return package
+
+    def removed(self, package) -> bool:
+        """Forget a package whose files another process has removed since they were verified."""
+        gone = not all(path.exists() for path in package.files.values())
+        if gone:
+            self.known.pop(package.name)
+        return gone
 
     def _build(self, component, identity: dict):
         """Export, compile and store a component, unless another process has just done so."""
