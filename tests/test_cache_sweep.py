@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from utils import cache_points, cache_sweep, curve
+from utils.diffusers_caches import FIRST_BLOCK, MAGNITUDE
 from utils.errors import UserError
 from utils.steps.step_mask import PRESETS, mask_of
 
@@ -129,6 +130,20 @@ def test_a_calibrated_mask_keeps_more_than_a_fixed_one_of_as_many_steps():
         assert len(fixed) >= 4 and worst[f"calibrated {computed}"] > max(fixed), computed
     assert worst["calibrated 8"] > worst["cache-dit's fast o1 g0.5"]
     assert worst["calibrated 12"] > worst["6/3 o1 g0.5"]
+
+
+@pytest.mark.parametrize("name", ["tiny-dev", "tiny-kontext"])
+def test_a_calibrated_mask_keeps_more_than_diffusers_caches_with_no_fewer_steps(name):
+    path = cache_sweep.ROOT / "results" / "curves" / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for kind in (FIRST_BLOCK, MAGNITUDE):
+        for row in (row for row in rows if row["kind"] == kind and 6 <= row["computed"] <= 16):
+            masks = [
+                mask["quality"]["psnr_db_worst"]
+                for mask in rows
+                if mask["kind"] == "calibrated" and mask["computed"] <= row["computed"] + 0.25
+            ]
+            assert row["quality"]["psnr_db_worst"] < max(masks), row["name"]
 
 
 def test_the_page_has_the_curves():
