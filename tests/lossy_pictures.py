@@ -25,7 +25,7 @@ from tests.lossy_variants import attention, by_block, by_row, linears, rotation,
 from utils import card, results
 from utils.kernels import attention_processor
 from utils.kernels.rotation import rotate_heads
-from utils.steps import on
+from utils.steps import on, text_padding
 
 CKPTS = ("tiny-schnell", "tiny-dev", "tiny-kontext")
 RESULTS = Path(__file__).parents[1] / "results/quality/cpu.jsonl"
@@ -52,6 +52,7 @@ FORMATS = {  # the steps that are on
     "NVFP4 Linears": {
         "quant": on(False, granularity="block", filter="blocks", dtype="nvfp4", cast="torch")
     },
+    "text padding dropped": {"text_padding": on(False, multiple=text_padding.MULTIPLE)},
 }
 PLAIN = on(True, backend="sdpa", dtype="bf16")
 
@@ -61,12 +62,18 @@ def _turned(x: torch.Tensor) -> torch.Tensor:
 
 
 TURNED = partial(linears, weights=_turned, activations=_turned)
+# As precise as 448, other roundings: how much of a difference is none
+OTHERWISE = partial(by_row, largest=336)
 BLOCKWISE = partial(
     linears,
     weights=partial(by_block, rows=128, columns=128),
     activations=partial(by_block, rows=1, columns=128),
 )
 VARIANTS = {  # the steps that are on, and what is changed then
+    "Linears (row), largest number 336, not 448": (
+        {},
+        partial(linears, weights=OTHERWISE, activations=OTHERWISE),
+    ),
     "Linears, activations: a scale per tensor": ({}, partial(linears, activations=by_block)),
     "Linears, activations: a static scale": ({}, static),
     "Linears: scales of 1x128 and 128x128": ({}, BLOCKWISE),

@@ -25,13 +25,16 @@ def rounded(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).float() * scale
 
 
-def by_block(x: torch.Tensor, rows: int = 0, columns: int = 0) -> torch.Tensor:
+def by_block(
+    x: torch.Tensor, rows: int = 0, columns: int = 0, largest: float = E4M3_MAX
+) -> torch.Tensor:
     """Round with a scale per block of so many rows and columns (0: all), in bf16 as torchao's.
 
+    `largest`: what a block's largest magnitude becomes.
     Shapes: (R, C) fp32 -> the same
     """
     blocks = x.unflatten(1, (-1, columns or x.shape[1])).unflatten(0, (-1, rows or x.shape[0]))
-    scale = (blocks.abs().amax((1, 3), keepdim=True) / E4M3_MAX).clamp(min=TINY)
+    scale = (blocks.abs().amax((1, 3), keepdim=True) / largest).clamp(min=TINY)
     return rounded(blocks, scale.bfloat16().float()).reshape(x.shape)
 
 
