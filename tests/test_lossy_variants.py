@@ -53,6 +53,14 @@ def test_each_block_is_rounded_by_its_own_largest_number(rows, columns):
     assert 0 < relative_error(found, x) < 0.04
 
 
+@pytest.mark.parametrize("largest", [416, 384])
+def test_other_roundings_are_as_precise(largest):
+    x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    plain, other = lossy_variants.by_row(x), lossy_variants.by_row(x, largest=largest)
+    assert relative_error(other, plain) > 0.02
+    assert abs(relative_error(other, x) / relative_error(plain, x) - 1) < 0.03
+
+
 @pytest.mark.parametrize("change", [BLOCKWISE, TURNED])
 def test_other_scales_and_a_rotation_err_as_float8_does(change):
     assert 0.002 < relative_error(changed(change), drawn(pipeline())) < 0.03
