@@ -22,14 +22,16 @@ def rows() -> list[dict]:
 def test_every_format_of_every_checkpoint_once():
     found = [(row["ckpt"], row["format"]) for row in rows()]
     assert len(found) == len(set(found))
-    assert set(found) == {(c, f) for c in lossy_pictures.CKPTS for f in lossy_pictures.FORMATS}
+    names = lossy_pictures.FORMATS | lossy_pictures.VARIANTS
+    assert set(found) == {(ckpt, name) for ckpt in lossy_pictures.CKPTS for name in names}
 
 
-def test_the_page_has_the_table():
-    table = lossy_pictures.table(rows())
+@pytest.mark.parametrize("names", [lossy_pictures.FORMATS, lossy_pictures.VARIANTS])
+def test_the_page_has_the_table(names):
+    table = lossy_pictures.table(rows(), names)
     page = [line.strip() for line in PAGE.read_text().splitlines()]
     absent = [line for line in table.splitlines() if line not in page]
-    assert not absent, "run: python -m tests.lossy_pictures --table"
+    assert not absent, "run: python -m tests.lossy_pictures --table [--variants]"
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -51,6 +51,32 @@ def test_the_blocks_of_both_encoders_are_found(pipeline):
     }
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operators that write something: on a GPU a kernel each, at least."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not (op.is_view or op is torch.ops.aten._unsafe_view.default)
+        return op(*args, **(kwargs or {}))
+
+
+def test_docs_performance_counts_what_an_eager_block_launches(pipeline, monkeypatch):
+    for encoder, expected in ((pipeline.text_encoder, 14), (pipeline.text_encoder_2, 36)):
+        block, launches = text_encoders.blocks(encoder)[-1], Launches()
+        forward = block.forward
+
+        def counted(*inputs, forward=forward, launches=launches, **named):
+            with launches:
+                return forward(*inputs, **named)
+
+        monkeypatch.setattr(block, "forward", counted)
+        encode(pipeline, SHORT)
+        assert launches.count == expected
+
+
 def test_graphed_encoders_give_what_the_eager_ones_give():
     pipeline = load_pipeline(make_args("--device", "cpu"))
     expected = [encode(pipeline, prompt) for prompt in (SHORT, LONG)]

@@ -4,8 +4,8 @@ A few channels of Q and K are much larger than the rest (RMSNorm's weights, whic
 them so), and e4m3 errs in proportion to each number: the error of a score is then that of one or
 two products. An orthogonal matrix leaves every Q K' as it is, and spreads a large channel over 16,
 whose errors are independent. Of the transform's log2(D) stages four are made, on channels that are
-far from each other and on the two of RoPE's pair: more bring nothing on the trained checkpoints
-(docs/performance.md). Neighbours are alike, so that turning those alone does not help.
+far from each other and on the two of RoPE's pair: all seven bring more on one trained checkpoint of
+three (docs/performance.md). Neighbours are alike, so that turning those alone does not help.
 
 A head's length stays, so the bound of its values that norm_rope knows before the data holds.
 

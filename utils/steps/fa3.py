@@ -3,7 +3,7 @@
 After the projections are fused (it calls fused and separate ones alike), before anything that
 traces. On Hopper FlashAttention-3, in float8 with one scale per batch and head unless quantisation
 is off: a run that calls itself lossless is lossless. The whole table is `choose()`. With
-`--fa3_rotation` Q and K are turned before that cast, which halves its error
+`--fa3_rotation` Q and K are turned before that cast, which takes a third to a half off its error
 (utils/kernels/rotation.py; `python -m tests.lossy_pictures`).
 
 By name only: `int8` (comfy-kitchen, sm75 or newer), whose Q, K, V and P are 8-bit integers. Its
@@ -55,7 +55,7 @@ def add_flags(parser) -> None:
         "--fa3_rotation",
         action="store_true",
         help="turn Q and K by a Hadamard matrix before their float8 cast, in one Triton kernel: "
-        "half the error (unmeasured on a GPU, so off by default)",
+        "a third to a half less error (unmeasured on a GPU, so off by default)",
     )
     parser.add_argument(
         "--attention_backend",

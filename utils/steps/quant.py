@@ -7,15 +7,16 @@ picture. Measured on a CPU (docs/performance.md): relative error 0.021, against 
 and with every Linear. The single blocks' proj_out, 28 % of all the blocks' work, stays in.
 `--quant_granularity tensor --quant_filter all` is flux-fast's choice, for comparison.
 
-No blockwise scales (1x128, 128x128): emulated, their error is 0 to 10 % below one scale per row,
-and torchao multiplies them by a Triton kernel that takes half as long again as bf16 on an H100
-(torch's own product takes 0.6 of bf16's time: utils/kernel_bench/ has it).
+No blockwise scales (1x128, 128x128) and no static ones: emulated, pictures are no closer than with
+one scale per row (tests/lossy_pictures.py --variants), and torchao multiplies blocks by a Triton
+kernel that takes half as long again as bf16 on an H100 (torch's own product takes 0.6 of bf16's
+time: utils/kernel_bench/ has it).
 Source: pytorch/ao pull request 2784 (the kernel's time, by its authors).
 
 Blackwell (sm100 and newer) also multiplies numbers that share a scale in small blocks:
 `--quant_dtype mxfp8` (e4m3, 32 numbers a power of two) and `nvfp4` (e2m1, 16 numbers an e4m3 scale,
 a tensor one more, which spans the images of a batch). Opt-in: unmeasured, torchao's prototypes, and
-nvfp4 costs pictures: PSNR 38 to 40 dB on the bundled checkpoints, 9 to 11 dB below float8. Only
+nvfp4 costs pictures: PSNR 38 to 41 dB on the bundled checkpoints, 9 to 12 dB below float8. Only
 under torch.compile: torch 2.11's packages know no such types.
 """
 
