@@ -117,10 +117,10 @@ for part in "$@"; do
         tests/test_{extras_controlnet,memory_gpu}.py ;;
     kernels) # each at FLUX.1's shapes, checked: what torch and the packages bring, and ours
       kernels 220 'product/*' --skip_compiled
-      kernels 130 'attention/*,between/*,decoder/*,text/*,transfer/*' --skip_compiled ;;
+      kernels 130 'attention/*,between/*,static/*,decoder/*,text/*,transfer/*' --skip_compiled ;;
     kernels-compiled) # the same places by the compiler, the cheapest first
       kernels 200 'between/*/inductor,decoder/group-norm*/inductor*'
-      kernels 200 'product/*inductor*'
+      kernels 200 'static/*,product/*inductor*'
       kernels 180 'text/*/inductor*,decoder/whole/inductor*' ;;
     tiny) # what the steps do to pictures: the trained checkpoints, on this GPU
       series 350 --ladder --ckpt tiny-schnell --compile_scope blocks --num_runs 20

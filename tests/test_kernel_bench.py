@@ -13,6 +13,7 @@ from utils.errors import UserError
 from utils.hardware import Machine, detect
 from utils.kernel_bench import __main__ as bench
 from utils.kernel_bench import attention, between, decoder, products, text, timing, trial
+from utils.kernel_bench import static_scales as static
 from utils.peaks import Peaks
 
 CPU = trial.Setting("cpu", trial.TINY, detect("cpu"))
@@ -65,6 +66,7 @@ def test_every_full_size_case_has_a_group_of_the_table():
         ("product/image-out-16/[bt]*", {"ok", "unavailable"}),
         ("attention/*", {"ok", "unavailable"}),
         ("between/gelu-16/*", {"ok", "unavailable"}),
+        ("static/*[lr]", {"ok", "unavailable"}),
         ("decoder/[ag]*/[se]*", {"ok", "unavailable"}),
         ("decoder/whole/eager", {"ok"}),
         ("text/*/eager", {"ok"}),
@@ -110,6 +112,21 @@ def test_every_way_to_multiply_in_float8_gives_the_same(name, monkeypatch):
     found = products.check(CPU, shape, variant, variant.run(*inputs), inputs)
     assert found["error"] < variant.bound
     assert ("loss" in found) == (name != "one")
+
+
+@pytest.mark.parametrize("name", ["row-inductor", "static-inductor-tma"])
+def test_a_static_scale_and_a_rows_end_at_the_same_values(name):
+    """And one that a bad calibration found too small is seen: it saturates."""
+    cast, run, _ = static.VARIANTS[name]
+    shape = next(s for s in products.shapes(CPU) if s.name == "single-up-16")
+    *operands, scale = static.draw(CPU, shape, cast, 0)
+    outputs = run(*operands, scale)
+    values, found = outputs
+    assert values.dtype == torch.float8_e4m3fn and found.numel() == (1 if scale is found else 16)
+    assert static.check(outputs, (*operands, scale))["error"] < between.FP8_BOUND
+    small = (*operands, scale / 8)
+    is_static = name.startswith("static")
+    assert (static.check(run(*small), small)["error"] > between.FP8_BOUND) is is_static
 
 
 def test_a_single_blocks_rope_has_a_truth_for_v():

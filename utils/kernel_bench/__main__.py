@@ -17,7 +17,7 @@ from utils.quiet import quiet_libraries
 from utils.steps import import_problem
 
 FORMAT = 1
-GROUPS = ("product", "attention", "between", "decoder", "text", "transfer")
+GROUPS = ("product", "attention", "between", "static", "decoder", "text", "transfer")
 HEADER = ("case", "ms", "TFLOP/s", "TB/s", "of ceiling", "of sheet", "error", "loss", "compile, s")
 
 
@@ -38,8 +38,9 @@ def parser() -> Parser:
 def all_cases(setting) -> list:
     """List every case: cheap ones first, each group in its own order."""
     from utils.kernel_bench import attention, between, decoder, products, text, transfers
+    from utils.kernel_bench import static_scales as static
 
-    groups = (products, attention, between, decoder, text, transfers)
+    groups = (products, attention, between, static, decoder, text, transfers)
     found = [case for group in groups for case in group.cases(setting)]
     return sorted(found, key=lambda case: case.compiles)
 
