@@ -113,7 +113,7 @@ for part in "$@"; do
       correct 230 tests/test_{attention_gpu,fused_kernels_gpu,float8_product_gpu,quant,cudagraph}.py \
         tests/test_{denoise,deferred_scales,text_quant,device_images,subpixel_upsampling}.py ;;
     correct-stack) # every mode against eager; compiles for most of its time
-      correct 400 tests/test_{stack_gpu,decoder_gpu,export_aoti,image_encoder}.py \
+      correct 400 tests/test_{stack_gpu,decoder_gpu,export_bf16,image_encoder}.py \
         tests/test_{extras_controlnet,memory_gpu}.py ;;
     kernels) # each at FLUX.1's shapes, checked: what torch and the packages bring, and ours
       kernels 220 'product/*' --skip_compiled

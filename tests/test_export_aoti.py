@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from aoti_pieces import FakeCheckpoint, generate, make_args, make_pipeline, transformer_call
-from flux_pieces import relative_error
 
 from utils import aoti, artifacts
 from utils.calls import only_known_calls
@@ -329,36 +328,6 @@ def test_a_graph_around_the_package(built):
     with pytest.raises(UserError, match="guidance"):
         pipeline.transformer(**transformer_call(guidance=torch.ones(1)))
     assert recorder.recorded == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_pipeline(tmp_path):
-    from utils.cudagraph import CUDAGraphWrapper
-    from utils.hardware import detect
-
-    pipeline = make_pipeline(torch.bfloat16).to("cuda")
-    args = make_args(tmp_path / "cache", dtype=torch.bfloat16, machine=detect("cuda"))
-    eager = generate(pipeline, args, output_type="latent")
-    export_aoti.apply(pipeline, args)
-    (runner,) = pipeline.transformer.forward.runners.values()
-    assert isinstance(runner.run, CUDAGraphWrapper)
-    first = generate(pipeline, args, output_type="latent")
-    assert relative_error(first, eager) < 0.02
-    assert torch.equal(generate(pipeline, args, output_type="latent"), first)
-    again = make_pipeline(torch.bfloat16).to("cuda")
-    args.use_cached_model = True
-    export_aoti.apply(again, args)
-    assert torch.equal(generate(again, args, output_type="latent"), first)
-
-
-@pytest.mark.slow
-def test_bf16_pipeline(tmp_path):
-    pipeline = make_pipeline(torch.bfloat16)
-    args = make_args(tmp_path / "cache", dtype=torch.bfloat16)
-    eager = generate(pipeline, args, output_type="latent")
-    export_aoti.apply(pipeline, args)
-    assert relative_error(generate(pipeline, args, output_type="latent"), eager) < 0.02
 
 
 def test_check_compares_what_needs_no_weights(built):
