@@ -10,6 +10,8 @@ import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
+from utils.prompts import count_images
+
 PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit"),
     *("fa3-fwd", "flash-attn-4", "comfy-kitchen"),
@@ -157,14 +159,13 @@ def render(args) -> str:
     """Write the card as text: one line a fact, then the steps that are on, then the others."""
     about = call(args)
     why = f" (the default on {args.machine.device})" if args.ckpt_is_default else ""
-    count = len(args.prompt) * args.num_images_per_prompt
     guidance = "none" if args.guidance_scale is None else f"{args.guidance_scale:g}"
     machine = args.machine
     lines = [
         f"machine     {machine.name} ({machine.short()}), {machine.memory_gib:.0f} GiB",
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
-        f"call        {args.width}x{args.height} (width x height), {count} image(s)"
+        f"call        {args.width}x{args.height} (width x height), {count_images(args)} image(s)"
         f"{_edited(args)}, {args.num_inference_steps} steps, guidance {guidance}{_true_cfg(args)}, "
         f"{args.max_sequence_length} text tokens, seed {args.seed}",
         *_scheduler(args),

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.prompts import count_images
 from utils.steps import import_problem, quant
 
 COPY = Path(__file__).resolve().parent.parent / ".peers" / "flux-fast"
@@ -118,7 +119,7 @@ def problem(args) -> str:
     call = {name: getattr(args, name, None) for name in ("height", "width", "max_sequence_length")}
     call |= {
         "device": args.machine.device,
-        "images": len(args.prompt) * args.num_images_per_prompt,
+        "images": count_images(args),
         "dtype": str(args.dtype),
         "native_size": args.checkpoint.native_size,
     }

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 from utils.layers import WIDTH, Precision, total
+from utils.prompts import count_images
 from utils.random_weights import configs_of
 from utils.work import Call, Work, count, vae_encoder
 
@@ -61,14 +62,13 @@ def parse_size(text: str) -> int | None:
 def work_of(args, linear: str, text: str = "") -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
     image = args.pil_image
-    prompts = len(args.prompt)
     call = Call(
         height=args.height,
         width=args.width,
         text_tokens=args.max_sequence_length,
         steps=1,
-        prompts=prompts,
-        images=prompts * args.num_images_per_prompt,
+        prompts=len(args.prompt),
+        images=count_images(args),
         reference=None if image is None else (image.height, image.width),
     )
     everything = linear if args.quant_filter == "all" else ""

@@ -7,6 +7,7 @@ images = generate(pipeline, args)
 """
 
 from utils.errors import UserError
+from utils.prompts import count_images
 from utils.steps import (
     PARTS,
     cache_dit,
@@ -136,7 +137,7 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
 
     from utils import guidance, schedulers
 
-    count = len(args.prompt) * args.num_images_per_prompt
+    seeds = range(args.seed, args.seed + count_images(args))
     call = {
         "prompt": args.prompt,
         "height": args.height,
@@ -144,7 +145,7 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
         "num_inference_steps": num_inference_steps or args.num_inference_steps,
         "max_sequence_length": args.max_sequence_length,
         "num_images_per_prompt": args.num_images_per_prompt,
-        "generator": [torch.Generator("cpu").manual_seed(args.seed + k) for k in range(count)],
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "output_type": output_type,
         **guidance.call(args),
         **schedulers.call(args),

@@ -16,6 +16,7 @@ from pathlib import Path
 from utils import quality
 from utils.errors import UserError
 from utils.progress import say
+from utils.prompts import count_images
 from utils.steps import lora
 
 FORMAT = 2
@@ -116,7 +117,7 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
         "kind": args.checkpoint.kind,
         "prompts": prompts,
         "image": image,
-        "batch": len(args.prompt) * args.num_images_per_prompt,
+        "batch": count_images(args),
         "call": {key: value for key, value in call.items() if key not in ("prompt", "ckpt")},
         "with_fp32": with_fp32,
         "device": args.machine.name,

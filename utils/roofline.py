@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from utils.layers import Layer, Precision, products, total
 from utils.peaks import Peaks
+from utils.prompts import count_images
 from utils.work import STAGES, Call, Work, count
 
 
@@ -129,14 +130,14 @@ def call_of(args) -> Call:
     from utils.schedulers import evaluations
     from utils.steps.step_mask import mask_of
 
-    prompts, image, steps = len(args.prompt), args.pil_image, evaluations(args)
+    image, steps = args.pil_image, evaluations(args)
     return Call(
         height=args.height,
         width=args.width,
         text_tokens=args.text_tokens,
         steps=sum(mask_of(args.step_mask, steps)) if args.step_mask else steps,
-        prompts=prompts,
-        images=prompts * args.num_images_per_prompt,
+        prompts=len(args.prompt),
+        images=count_images(args),
         reference=None if image is None else (image.height, image.width),
         modulation_once=args.modulation_once,
         subpixel_upsampling=args.plan["subpixel_upsampling"].is_on,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.progress import say, stages
+from utils.prompts import count_images
 from utils.steps import (
     Verdict,
     components,
@@ -135,7 +136,7 @@ def _about(args) -> dict:
     """Say what this step's part of the store is, beside what every package of the run shares."""
     call = {
         "size": f"{args.width}x{args.height}",
-        "images": len(args.prompt) * args.num_images_per_prompt,
+        "images": count_images(args),
         "guidance": args.guidance_scale is not None,
     }
     shared = {"component": NAME, "scope": args.compile_scope, "call": call}
