@@ -10,8 +10,7 @@ from utils.schedulers import TRAINING_TIMESTEPS
 
 MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
 MAX_EDGE = 16384  # pixels: a million image tokens for a square, beyond any device's memory
-# What is put around a name while a file is written, and its number: a dot, eight letters, an ending
-ROOM = 32  # bytes
+ROOM = 32  # bytes around a name: a picture's number, and what a file has while it is written
 BOUNDS = (  # flag, least, most
     ("num_inference_steps", 1, TRAINING_TIMESTEPS),
     ("max_sequence_length", 1, MAX_SEQUENCE_LENGTH),

@@ -1,5 +1,16 @@
 """Memory of a run, on the device and on the host: what is free, peaks and weights."""
 
+import re
+
+
+def parse_size(text: str) -> int | None:
+    """Read 20GB, 1.5 GiB or a number of bytes; None if it is none of these. Units: bytes"""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:(?:([kmgt])(i?))?b)?", text.lower())
+    if not found:
+        return None
+    number, letter, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter or " "))
+
 
 def free_bytes(device: str) -> int:
     """Ask the device, or on a CPU the system, for what is free now."""

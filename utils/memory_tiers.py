@@ -10,7 +10,6 @@ GGUF         what decoding one matrix takes: 12 bytes a weight
 Compiled code needs less than eager, CUDA graphs a pool of their own, kernels workspaces: RESERVE.
 """
 
-import re
 from dataclasses import dataclass
 
 from utils.layers import WIDTH, Precision, total
@@ -48,15 +47,6 @@ class Estimate:
         parts = {"weights": self.weights, "tensors": self.moment, "reserve": self.reserve}
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         return f"{self.gib:.2f}GiB ({listed})"
-
-
-def parse_size(text: str) -> int | None:
-    """Read 10GiB, 10GB or 512MiB; None if it is none of these. Units: bytes"""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text)
-    if not found:
-        return None
-    number, letter, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** (2 if letter == "M" else 3))
 
 
 def work_of(args, linear: str, text: str = "") -> Work:

@@ -84,7 +84,8 @@ def check_room(args) -> None:
 
     Raises: UserError if it does not; weights that wait on the host leave it room.
     """
-    from utils.memory_tiers import GIB, estimate, parse_size
+    from utils.memory import parse_size
+    from utils.memory_tiers import GIB, estimate
     from utils.steps import memory
 
     exact = copy.copy(args)

@@ -6,7 +6,6 @@ exporting or recording inside one of them is an error.
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 
@@ -238,14 +237,12 @@ def outliers(total) -> list[str]:
 
 
 def write_trace(path: Path, run) -> None:
-    """Profile one run and write its Chrome trace under a temporary name first."""
+    """Profile one run and write its Chrome trace, zipped if the name says so."""
     import torch
+
+    from utils.artifacts import replacing
 
     with torch.profiler.profile() as profile:
         run()
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix decides about gzip
-    try:
-        profile.export_chrome_trace(str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as new:
+        profile.export_chrome_trace(str(new))

@@ -135,17 +135,16 @@ def main() -> None:
     if args.scheduler or args.sigmas or args.true_cfg_scale or args.lora:
         raise UserError("--scheduler, --sigmas, --true_cfg_scale, --lora: the sweep is without")
     quiet_libraries()
-    from utils.artifacts import write_atomically
-    from utils.report import fill
+    from utils.report import fill, write
 
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = measure(argv, STEPS)
-    write_atomically(path, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    write(path, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     print(table(found))
     if path.resolve() == ROOT / "results" / "schedulers" / "tiny-dev.json":
         text = fill(DOCS.read_text(), "schedulers", table(found), DOCS.name)
-        write_atomically(DOCS, text.encode())
+        write(DOCS, text.encode())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ __main__.py     python -m utils.artifacts list | verify | prune
 
 from utils.artifacts.digests import checkpoint_digest, file_digest, files_below
 from utils.artifacts.identity import code_digest, differences, environment, name_of
-from utils.artifacts.private import cache_problem, open_cache, write_atomically
+from utils.artifacts.private import cache_problem, open_cache, replacing, write_atomically
 from utils.artifacts.remote import flag_problem
 from utils.artifacts.run import identity_of_run, known_early, no_cached_model, stored_problems
 from utils.artifacts.store import (
@@ -47,6 +47,7 @@ __all__ = [
     "no_cached_model",
     "open_cache",
     "read_manifest",
+    "replacing",
     "save",
     "stored_problems",
     "write_atomically",

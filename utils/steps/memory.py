@@ -21,8 +21,8 @@ from contextlib import contextmanager
 
 from utils.errors import UserError
 from utils.gguf_file import read_header
-from utils.memory import free_bytes
-from utils.memory_tiers import OFFLOADED, ON_A_CPU, TIERS, TILED, TILES, estimate, parse_size
+from utils.memory import free_bytes, parse_size
+from utils.memory_tiers import OFFLOADED, ON_A_CPU, TIERS, TILED, TILES, estimate
 from utils.steps import Verdict, gguf, off, on, quant, refused, text_quant
 
 NAME = "memory"
@@ -31,7 +31,8 @@ PARTS = ("pipeline",)
 
 
 def _tier_or_size(text: str) -> str:
-    if text in ("auto", *TIERS) or parse_size(text):
+    # A number alone, such as 24, means bytes to parse_size(), and GiB to who types it here
+    if text in ("auto", *TIERS) or (not text[-1:].isdigit() and parse_size(text)):
         return text
     names = ", ".join(("auto", *TIERS))
     raise argparse.ArgumentTypeError(f"found {text!r}, expected {names}, or a size such as 10GiB")
