@@ -193,8 +193,8 @@ def _steps_off(args) -> list[str]:
     """Give a line for each step that is off, with its reason; the flags that were not given."""
     lines, flags = [], []
     for name, verdict in args.plan.items():
-        if verdict.state == "off" and verdict.reason.startswith("no --"):
-            flags.append(verdict.reason.removeprefix("no "))
+        if verdict.missing_flag:
+            flags.append(verdict.missing_flag)
         elif not verdict.is_on:
             state = "" if verdict.state == "off" else verdict.state + ": "
             lines.append(f"off: {name:22s} {state}{verdict.reason}")

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.steps import Verdict, off, on, own_class, refused
+from utils.steps import Verdict, not_given, on, own_class, refused
 
 NAME = "cache_dit"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
@@ -66,7 +66,7 @@ def check(args) -> Verdict:
     """Refuse what cannot be cached, and a file that cannot be read to the last key."""
     path = args.cache_dit_config
     if not path:
-        return off("no --cache_dit_config")
+        return not_given("--cache_dit_config")
     if args.checkpoint.kind == "schnell":
         return refused(
             f"--cache_dit_config {path}: {args.checkpoint.name} takes "

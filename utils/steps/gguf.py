@@ -14,7 +14,7 @@ How many steps a type deserves is the user's choice (docs/memory.md); nothing ch
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.steps import Verdict, import_problem, off, on, refused
+from utils.steps import Verdict, import_problem, not_given, on, refused
 
 NAME = "gguf"
 AFTER = ()
@@ -60,7 +60,7 @@ def check(args) -> Verdict:
     if not args.gguf_file:
         if args.gguf_mode:
             return refused(f"--gguf_mode {args.gguf_mode}: expected together with --gguf_file")
-        return off("no --gguf_file")
+        return not_given("--gguf_file")
     if problem := import_problem("gguf"):
         return refused(
             f"--gguf_file: found {problem}; expected gguf 0.10 or newer: pip install gguf==0.19.0"

@@ -8,7 +8,7 @@ eight. Before anything that records or compiles, so that the warm-up has the run
 
 import functools
 
-from utils.steps import Verdict, off, on
+from utils.steps import Verdict, not_given, on
 
 NAME = "text_padding"
 AFTER = ()
@@ -29,7 +29,7 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags alone."""
     if not args.drop_text_padding:
-        return off("no --drop_text_padding")
+        return not_given("--drop_text_padding")
     return on(lossless=False, multiple=MULTIPLE)
 
 
