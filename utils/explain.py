@@ -12,7 +12,7 @@ from utils.layers import Layer, total
 from utils.peaks import CARDS, Peaks, datasheet
 from utils.report_table import si, significant
 from utils.roofline import bound, elementwise_s, floor_s, main_bound, precision_of, times_s, work_of
-from utils.steps import Verdict, off, on
+from utils.steps import Verdict, not_given, off, on
 from utils.work import STAGES, Work, image_tokens
 
 HEADER = (
@@ -37,15 +37,15 @@ passes stand in brackets: a compiler may fuse them into the products, so no sum 
 kernels of their own they cost what the brackets say."""
 
 
-def explain(args, machine: str = "", peaks: Peaks | None = None) -> str:
+def explain(args, machine: str = "") -> str:
     """Write FLUX.1 block by block for the checkpoint and the call of `args`, as parsed.
 
-    `machine` names one of utils/peaks.py; without it and without measured `peaks` it is this one's
-    GPU if its data sheet is known, else an H200. Default checkpoint: FLUX.1-schnell.
+    `machine` names one of utils/peaks.py; without it, it is this one's GPU if its data sheet is
+    known, else an H200. Default checkpoint: FLUX.1-schnell.
 
     Raises: UserError for an unknown machine or checkpoint, and for a call that could not run.
     """
-    where, peaks, why = _machine(args, machine, peaks)
+    where, peaks, why = _machine(args, machine)
     args = _settle(args, where)
     work, precision = work_of(args), precision_of(args)
     return "\n\n".join(
@@ -58,7 +58,7 @@ def explain(args, machine: str = "", peaks: Peaks | None = None) -> str:
     )
 
 
-def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]:
+def _machine(args, name: str) -> tuple[Machine, Peaks, str]:
     """Find the machine to explain for, its rates, and why it is this one."""
     if name:
         known = {key.lower(): card for key, card in CARDS.items()}
@@ -71,8 +71,6 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
     from utils.hardware import detect
 
     here = detect(args.device)
-    if peaks is not None:
-        return here, peaks, "this machine, measured"
     if found := datasheet(here):
         return here, found, "this machine"
     card = CARDS["H200"]
@@ -81,17 +79,23 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
 
 def _settle(args, machine: Machine):
     """Do for a call on another machine what utils/prepare.py does for a run on this one."""
-    from utils.checks import number_problems
-    from utils.prepare import fill_in, open_image
-    from utils.steps import fa3, quant, subpixel_upsampling
+    from utils import schedulers
+    from utils.prepare import call_problems, fill_in, open_image
+    from utils.steps import fa3, quant, step_mask, subpixel_upsampling
 
-    if problems := number_problems(args):
+    if problems := call_problems(args):
         raise UserError("\n".join(problems))
     args = copy.copy(args)
+    schedulers.settle(args)
     args.ckpt = args.ckpt or checkpoints.DEFAULT_CKPT["cuda"]
     published = args.ckpt in checkpoints.HUB_KINDS  # their configs are known: no need for the hub
     args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights or published)
     fill_in(args)
+    if args.step_mask:
+        try:
+            step_mask.mask_of(args.step_mask, schedulers.evaluations(args))
+        except ValueError as error:
+            raise UserError(f"--step_mask {args.step_mask}: {error}") from None
     args.dtype = "torch.float32" if args.disable_bf16 else "torch.bfloat16"
     takes_image, size = args.checkpoint.defaults.takes_image, args.checkpoint.native_size
     args.pil_image = open_image(args) if takes_image else None
@@ -118,7 +122,7 @@ def _settle(args, machine: Machine):
     linear = on(filter=args.quant_filter, dtype=dtype)
     if off_by_flag or quant.lacking(machine, dtype):
         linear = off(f"no {dtype}")
-    text = on() if args.quant_text_encoder else off("no --quant_text_encoder")
+    text = on() if args.quant_text_encoder else not_given("--quant_text_encoder")
     if off_by_flag or quant.lacking(machine):
         text = off("no float8")
     args.plan = {"fa3": attention, "quant": linear, "text_quant": text}

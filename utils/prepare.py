@@ -41,10 +41,9 @@ def settle_call(args) -> None:
     Raises: UserError with one line per problem.
     """
     args.started = card.started()
-    problems = [*checks.number_problems(args), *checks.path_problems(args)]
-    problems += [*guidance.problems(args), *schedulers.problems(args)]
-    if problems:
+    if problems := [*call_problems(args), *checks.path_problems(args)]:
         raise UserError("\n".join(problems))
+    schedulers.settle(args)
     args.ckpt_is_default = args.ckpt is None
     if not args.ckpt_is_default:
         args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
@@ -61,10 +60,15 @@ def settle_call(args) -> None:
     acceleration.settle(args)
     fill_in(args)
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
-    if problems := _call_problems(args):
+    if problems := _kind_problems(args):
         raise UserError("\n".join(problems))
     args.pil_image = open_image(args)
     _settle_mode(args)
+
+
+def call_problems(args) -> list[str]:
+    """Say what is wrong with a call whatever the checkpoint: one line a problem."""
+    return [*checks.number_problems(args), *guidance.problems(args), *schedulers.problems(args)]
 
 
 def announce_and_load(args) -> tuple:
@@ -119,7 +123,7 @@ def _settle_mode(args) -> None:
         args.mode_reason = f"{args.mode_reason}; {without}" if args.mode_reason else without
 
 
-def _call_problems(args) -> list[str]:
+def _kind_problems(args) -> list[str]:
     problems = []
     kind = args.checkpoint.defaults
     if args.checkpoint.kind == "fill" and not getattr(args, "mask", None):
