@@ -66,18 +66,8 @@ def components() -> str:
                 duration(elementwise_s(layers, H200)),
             )
         )
-    header = (
-        "network",
-        "in",
-        "out",
-        "parameters",
-        "GiB",
-        "FLOP",
-        "floor",
-        "bound by",
-        "elementwise",
-    )
-    return table(header, rows)
+    header = ("network", "in", "out", "parameters", "GiB", "FLOP", "floor", "bound by")
+    return table((*header, "elementwise"), rows)
 
 
 def step() -> str:
@@ -225,17 +215,8 @@ def machines() -> str:
             )
         )
     header = (
-        "machine",
-        "bf16 TFLOP/s",
-        "fp8 TFLOP/s",
-        "TB/s",
-        "bf16 ridge",
-        "fp8 ridge",
-        "Schnell bf16",
-        "Schnell float8",
-        "Dev bf16",
-        "Dev float8",
-        "source",
+        *("machine", "bf16 TFLOP/s", "fp8 TFLOP/s", "TB/s", "bf16 ridge", "fp8 ridge"),
+        *("Schnell bf16", "Schnell float8", "Dev bf16", "Dev float8", "source"),
     )
     return table(header, rows)
 

@@ -17,6 +17,11 @@ PACKAGES = (
     *("fa3-fwd", "flash-attn-4", "comfy-kitchen"),
 )
 
+CALL = (
+    *("ckpt", "random_weights", "prompt", "seed", "height", "width", "num_inference_steps"),
+    *("guidance_scale", "max_sequence_length", "num_images_per_prompt"),
+)
+
 
 def versions() -> dict[str, str]:
     """List the installed versions of what decides speed and pictures."""
@@ -130,29 +135,16 @@ def gpu_state(args) -> dict:
 
 def call(args) -> dict:
     """Collect what decides the picture, apart from the steps; `args.also`: what an extra adds."""
-    return _only_given(args) | {
-        "ckpt": args.ckpt,
-        "random_weights": args.random_weights,
-        "prompt": args.prompt,
-        "seed": args.seed,
-        "height": args.height,
-        "width": args.width,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "max_sequence_length": args.max_sequence_length,
-        "num_images_per_prompt": args.num_images_per_prompt,
+    from utils import guidance
+
+    solver = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
+    return {
+        **guidance.call(args),  # as the solver where it is given: older rows have none of them
+        **{name: value for name, value in solver.items() if value is not None},
+        **{name: getattr(args, name) for name in CALL},
         "dtype": str(args.dtype).removeprefix("torch."),
         **getattr(args, "also", {}),
     }
-
-
-def _only_given(args) -> dict:
-    """Collect solver, sigmas and true CFG where they are given: older rows have none of them."""
-    from utils import guidance
-
-    chosen = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return guidance.call(args) | given
 
 
 def render(args) -> str:

@@ -16,17 +16,8 @@ from utils.steps import Verdict, not_given, off, on
 from utils.work import STAGES, Work, image_tokens
 
 HEADER = (
-    "part",
-    "layer",
-    "n",
-    "shape",
-    "dtype",
-    "parameters",
-    "FLOP",
-    "bytes",
-    "FLOP/B",
-    "bound by",
-    "floor",
+    *("part", "layer", "n", "shape", "dtype", "parameters", "FLOP", "bytes", "FLOP/B"),
+    *("bound by", "floor"),
 )
 LEFT = ("part", "layer", "shape", "dtype", "bound by")
 COUNTED = """\

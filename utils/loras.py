@@ -9,6 +9,8 @@ layers, built without weights from its config, and whatever has no place is an e
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,21 +129,20 @@ def read(lora: Lora) -> dict:
     return converted | (alphas or {})
 
 
-class _warnings:
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
     """Collect what diffusers' loaders warn of; at the usual log level they say nothing."""
-
-    def __enter__(self) -> list[str]:
-        found: list[str] = []
-        self.logger, self.handler = logging.getLogger("diffusers.loaders"), logging.Handler()
-        self.handler.emit = lambda record: found.append(record.getMessage())
-        self.level = self.logger.level
-        self.logger.addHandler(self.handler)
-        self.logger.setLevel(logging.WARNING)
-        return found
-
-    def __exit__(self, *_) -> None:
-        self.logger.removeHandler(self.handler)
-        self.logger.setLevel(self.level)
+    found: list[str] = []
+    logger, handler = logging.getLogger("diffusers.loaders"), logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def layers_of(checkpoint) -> dict[str, tuple[int, int]]:

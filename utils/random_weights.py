@@ -14,6 +14,7 @@ Source: Yang et al. 2025, arXiv:2508.03485, for FLUX.1's "salient outliers ... c
 specific channels"; how many and how far is our choice (OUTLIERS).
 """
 
+import json
 from pathlib import Path
 
 from utils import checkpoints
@@ -104,12 +105,10 @@ def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
         }
         smaller = MID if checkpoint.name == checkpoints.MID else {}
         return {part: config | smaller.get(part, {}) for part, config in published.items()}
-    import json
-
     names = {"scheduler": "scheduler_config.json"}
     return {
         part: json.loads((checkpoint.path / part / names.get(part, "config.json")).read_text())
-        for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
+        for part in (*PARTS, "scheduler")
     }
 
 

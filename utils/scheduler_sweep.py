@@ -91,9 +91,9 @@ def measure(argv: list[str], steps: tuple[int, ...]) -> dict:
 
 def table(found: dict) -> str:
     """Write the rows as Markdown: a line a solver and schedule, a column a number of steps."""
-    steps = sorted({row["steps"] for row in found["rows"]})
-    lines = ["| scheduler | sigmas | " + " | ".join(f"{n} steps" for n in steps) + " |"]
-    lines.append("| --- | --- |" + " --- |" * len(steps))
+    from utils.readme import table as markdown
+
+    steps, lines = sorted({row["steps"] for row in found["rows"]}), []
     for name, sigmas in points():
         cells = []
         for count in steps:
@@ -108,8 +108,8 @@ def table(found: dict) -> str:
             if row["checker_right"] is not None:
                 cell += f", {100 * row['checker_right']:.0f} %"
             cells.append(cell)
-        lines.append(f"| {name} | {sigmas} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append((name, sigmas, *cells))
+    return markdown(("scheduler", "sigmas", *(f"{n} steps" for n in steps)), lines)
 
 
 def parser():

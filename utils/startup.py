@@ -34,6 +34,7 @@ STARTS = {"disabled": ("--compile_export_mode", "disabled")} | {
     for mode in ("compile", "export_aoti")
     for scope in ("full", "blocks")
 }
+OWN_FLAGS = {"--starts": 1, "--results": 1, "--cache-dir": 1}  # not those of each start
 STARTUP = Path(__file__).resolve().parent.parent / "results" / "startup"
 HEADER = (
     "start", "", "first image, s", "image {n}, s", "an image, s", "optimize, s", "CPU, s",
@@ -147,20 +148,6 @@ def measured() -> str:
     )
 
 
-def own_words(argv: list[str]) -> list[str]:
-    """Give what was typed without the flags of this command, for the processes that it starts."""
-    kept, skip = [], False
-    for word in argv:
-        flag = word.partition("=")[0].replace("_", "-")
-        if flag in ("--starts", "--results", "--cache-dir"):
-            skip = "=" not in word
-        elif skip:
-            skip = False
-        else:
-            kept.append(word)
-    return kept
-
-
 def main() -> None:
     """Parse; be one start, or run all that were asked for and print their table."""
     parser = create_parser(__doc__.split("\n\n")[0])
@@ -187,7 +174,7 @@ def main() -> None:
         path = path.parent / "startup" / path.name
         path.parent.mkdir(exist_ok=True)
     results.append(path, [])  # said before anything slow
-    common, rows = own_words(sys.argv[1:]), []
+    common, rows = series.common_flags(sys.argv[1:], OWN_FLAGS), []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             for state in ("cold",) if name == "disabled" else ("cold", "warm"):

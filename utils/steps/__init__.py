@@ -87,7 +87,7 @@ def import_problem(package: str, *parts: str) -> str:
         for module in (package, *parts):  # alone first: a missing package is no missing part
             importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == package:
+        if f"{package}.".startswith(f"{error.name}."):  # or the package around it
             return f"no module {package}"
         return f"{package} is installed but broken: {error}"
     except Exception as error:  # a build for another torch or machine fails in many ways

@@ -28,6 +28,7 @@ from utils.steps import Verdict, gguf, off, on, quant, refused, text_quant
 NAME = "memory"
 AFTER = ("quant", "text_quant")
 PARTS = ("pipeline",)
+NOT_TRIED = ("fused_kernels", "triton_float8", "swap_loras")  # with weights that move
 
 
 def _tier_or_size(text: str) -> str:
@@ -113,14 +114,11 @@ def _conflict(args) -> str:
             "--modulation_once calls the modulation outside of the forward that brings its "
             "weights; leave it out"
         )
-    if tier in OFFLOADED and args.fused_kernels:
-        return "--fused_kernels is not tried with weights that move; leave it out"
+    for flag in NOT_TRIED:
+        if tier in OFFLOADED and getattr(args, flag):
+            return f"--{flag} is not tried with weights that move; leave it out"
     if tier in OFFLOADED and quant.precision(quant.check(args)) in quant.BLOCK_FORMATS:
         return f"--quant_dtype {args.quant_dtype} is not tried with weights that move; leave it out"
-    if tier in OFFLOADED and args.triton_float8:
-        return "--triton_float8 is not tried with weights that move; leave it out"
-    if tier in OFFLOADED and args.swap_loras:
-        return "--swap_loras is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.cache_dit_config:
         return "a step cache is not tried with weights that move; leave out --cache_dit_config"
     if tier in TILED and mode == "export_aoti":

@@ -54,10 +54,6 @@ def apply(pipeline, args) -> None:
     """Compile every block in place, or leave that to export_aoti; the first call warms them up."""
     if args.compile_export_mode == "export_aoti":
         return
-    import torch
-
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, compile.KINDS_OF_CALL)
     how = {
         "fullgraph": True,
         "dynamic": compile.dynamic(args.machine),
