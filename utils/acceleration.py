@@ -70,10 +70,7 @@ def settle(args) -> None:
         loras.insert(0, lora)
         notes.append(f"LoRA {lora}")
     args.lora = loras
-    for flag, value in (
-        ("num_inference_steps", preset.steps),
-        ("guidance_scale", preset.guidance),
-    ):
+    for flag, value in (("num_inference_steps", preset.steps), ("guidance_scale", preset.guidance)):
         if (given := getattr(args, flag)) is None:
             setattr(args, flag, value)
             notes.append(f"--{flag} {value:g}")
@@ -89,13 +86,12 @@ def _file_of(text: str) -> str:
 
 
 def _file(name: str, preset: Preset) -> Path:
-    from utils import loras
+    from utils.checkpoints import NotFromHub, hub_file
 
     try:
-        return loras.locate(f"{preset.repo}/{preset.file}")
-    except UserError as error:
-        why = str(error).partition(f"{preset.file}: ")[2].partition("; download")[0]
+        return hub_file(preset.repo, preset.file)
+    except NotFromHub as error:
         raise UserError(
-            f"--acceleration {name}: needs {preset.file} of huggingface.co/{preset.repo} ({why}); "
-            f"download it and give --acceleration {name}:PATH"
+            f"--acceleration {name}: needs {preset.file} of huggingface.co/{preset.repo} "
+            f"({error.why}); download it and give --acceleration {name}:PATH"
         ) from None

@@ -161,10 +161,9 @@ def duration(seconds: float | None) -> str:
     """Write seconds with three digits in the unit that suits."""
     if not seconds:
         return "-"
-    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1 or unit == "us":
-            return f"{significant(seconds * factor)} {unit}"
-    return ""
+    units = (("s", 1), ("ms", 1e3))
+    unit, factor = next((u for u in units if seconds * u[1] >= 1), ("us", 1e6))
+    return f"{significant(seconds * factor)} {unit}"
 
 
 def amount(value: float) -> str:

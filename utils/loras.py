@@ -81,15 +81,14 @@ def locate(name: str) -> Path:
 
 
 def _from_hub(name: str, repo: str, file: str) -> Path:
-    from utils.checkpoints import hub_file
+    from utils.checkpoints import NotFromHub, hub_file
 
     try:
         return hub_file(repo, file)
-    except UserError as error:
-        why = str(error).removeprefix(f"--ckpt {repo}: ").partition("; ")[0]
+    except NotFromHub as error:
         raise UserError(
-            f"--lora {name}: no such file here, and {repo}/{file}: {why}; download that file and "
-            "give its path"
+            f"--lora {name}: no such file here, and {repo}/{file}: {error.why}; download that file "
+            "and give its path"
         ) from None
 
 

@@ -13,7 +13,6 @@ Compiled code needs less than eager, CUDA graphs a pool of their own, kernels wo
 from dataclasses import dataclass
 
 from utils.layers import WIDTH, Precision, total
-from utils.prompts import count_images
 from utils.random_weights import configs_of
 from utils.work import Call, Work, count, vae_encoder
 
@@ -51,16 +50,7 @@ class Estimate:
 
 def work_of(args, linear: str, text: str = "") -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
-    image = args.pil_image
-    call = Call(
-        height=args.height,
-        width=args.width,
-        text_tokens=args.max_sequence_length,
-        steps=1,
-        prompts=len(args.prompt),
-        images=count_images(args),
-        reference=None if image is None else (image.height, image.width),
-    )
+    call = Call.of(args, args.max_sequence_length, steps=1)
     everything = linear if args.quant_filter == "all" else ""
     base = "fp32" if args.disable_bf16 else "bf16"
     precision = Precision(base, linear=linear, other=everything, text=text)

@@ -223,9 +223,11 @@ def _fill(module, generator) -> None:
                 else:
                     parameter.fill_(1.0)
                 continue
-            std = (parameter[0].numel()) ** -0.5
-            if "embed" in name or "shared" in name or "relative_attention_bias" in name:
-                std = 1.0 if "shared" in name else 0.02 if "position" in name else std
+            std = parameter[0].numel() ** -0.5
+            if "shared" in name:  # T5's embedding
+                std = 1.0
+            elif "position_embedding" in name:  # CLIP's
+                std = 0.02
             if name.endswith("SelfAttention.q.weight"):
                 std *= 64**-0.5
             if ".norm" in name and name.endswith("linear.weight"):

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from utils.layers import Layer, Precision, products, total
 from utils.peaks import Peaks
-from utils.prompts import count_images
 from utils.work import STAGES, Call, Work, count
 
 
@@ -130,15 +129,11 @@ def call_of(args) -> Call:
     from utils.schedulers import evaluations
     from utils.steps.step_mask import mask_of
 
-    image, steps = args.pil_image, evaluations(args)
-    return Call(
-        height=args.height,
-        width=args.width,
-        text_tokens=args.text_tokens,
+    steps = evaluations(args)
+    return Call.of(
+        args,
+        args.text_tokens,
         steps=sum(mask_of(args.step_mask, steps)) if args.step_mask else steps,
-        prompts=len(args.prompt),
-        images=count_images(args),
-        reference=None if image is None else (image.height, image.width),
         modulation_once=args.modulation_once,
         subpixel_upsampling=args.plan["subpixel_upsampling"].is_on,
         true_cfg=args.true_cfg_scale is not None,

@@ -9,6 +9,7 @@ rows take turns (A B C A B C), so that a machine that drifts favours none.
 
 import copy
 import json
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,8 +248,6 @@ def state(row: Row, common: list[str]) -> str:
 
 
 def _command(words: list[str]) -> str:
-    import shlex
-
     return shlex.join(["python", SCRIPT.name, *words])
 
 

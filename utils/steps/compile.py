@@ -201,11 +201,7 @@ def apply(pipeline, args) -> None:
     identity, is_new = _load(root, pipeline, args)
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, KINDS_OF_CALL)
-    how = {
-        "fullgraph": True,
-        "dynamic": dynamic(args.machine),
-        "options": compiler_options(args),
-    }
+    how = {"fullgraph": True, "dynamic": dynamic(args.machine), "options": compiler_options(args)}
     for module in components(pipeline).values():
         if args.compile_scope == "blocks" and getattr(module, "_repeated_blocks", None):
             module.compile_repeated_blocks(**how)

@@ -16,9 +16,9 @@ then loaded, fused and quantised on the host, so loading never needs more than t
 """
 
 import argparse
-import sys
 from contextlib import contextmanager
 
+from utils import card
 from utils.errors import UserError
 from utils.gguf_file import read_header
 from utils.memory import free_bytes, parse_size
@@ -203,12 +203,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _next(args) -> str:
-    import shlex
-    from pathlib import Path
-
     tiers = ON_A_CPU if args.machine.device == "cpu" else TIERS
     lower = tiers[tiers.index(args.tier) + 1 :] if args.tier in tiers else ()
     if not lower:
         return "no tier needs less: use a smaller --height and --width, or a --gguf_file"
-    words = sys.argv[1:]  # the last --memory is the one that counts
-    return f"next: {shlex.join(['python', Path(sys.argv[0]).name, *words, '--memory', lower[0]])}"
+    return f"next: {card.command()} --memory {lower[0]}"  # the last --memory is the one that counts
