@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.loras import split
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def settle(args) -> None:
             f"({args.checkpoint.kind})"
         )
     notes, loras = [], list(args.lora or ())
-    own = [text for text in loras if _file_of(text) == Path(path or preset.file).name]
+    file = Path(path or preset.file).name
+    own = [text for text in loras if Path(split(text)[0]).name == file]
     if own:
         notes.append(f"--lora {own[0]} given")
     else:
@@ -77,12 +79,6 @@ def settle(args) -> None:
         else:
             notes.append(f"--{flag} {given:g} given ({name} has {value:g})")
     args.acceleration_notes = tuple(notes)
-
-
-def _file_of(text: str) -> str:
-    from utils import loras
-
-    return Path(loras.split(text)[0]).name
 
 
 def _file(name: str, preset: Preset) -> Path:

@@ -14,6 +14,7 @@ from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
 from utils.report import TABLES, fill, measured, summed_up
 from utils.report_rows import get, read
+from utils.report_table import piped
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PACKAGES = README.parent / "docs" / "packages.md"
@@ -32,11 +33,6 @@ MACHINES = {  # what `hardware.detect` finds there; tests go through it
 }
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def steps() -> str:
     """List the steps in their order: what each does, and the flags that turn and tune it."""
     rows = []
@@ -44,7 +40,7 @@ def steps() -> str:
         step.add_flags(_Recorder(flags := []))
         first = " ".join(step.__doc__.split("\n\n")[0].split())
         rows.append((f"`{step.NAME}`", first.rstrip("."), " ".join(f"`{f}`" for f in flags)))
-    return table(("step", "what it does", "flags"), rows)
+    return piped(("step", "what it does", "flags"), rows)
 
 
 class _Recorder:
@@ -101,7 +97,7 @@ def hardware() -> str:
         *("machine", "attention (`fa3`)", "`--attention_backend`", "linear (`quant`)"),
         *("`--quant_dtype`", "default mode", "compiled shapes"),
     )
-    return table(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
+    return piped(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
 
 
 def gguf() -> str:
@@ -122,7 +118,7 @@ def gguf() -> str:
             )
         )
     header = ("matrices", "mode", "weights GiB", "host peak GiB", "PSNR dB", "latents' error")
-    return table((*header, "s per call"), found)
+    return piped((*header, "s per call"), found)
 
 
 SECTIONS = {"steps": steps, "hardware": hardware, "measured": summed_up}

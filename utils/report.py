@@ -16,7 +16,7 @@ from utils.report_page import page
 from utils.report_rows import ROOT, device, distinct, name, read
 from utils.report_series import Series, series_of
 from utils.report_summary import summary
-from utils.report_table import LEGEND, Code, Table, notes, table, title
+from utils.report_table import LEGEND, Code, Table, notes, piped, table, title
 
 README, RESULTS = ROOT / "README.md", ROOT / "results"
 TABLES = RESULTS / "README.md"
@@ -54,8 +54,7 @@ def markdown_table(content: Table) -> str:
         [_code(cell) if isinstance(cell, Code) else markdown_text(cell) for cell in row]
         for row in content.rows
     ]
-    lines = [content.header, ["---"] * len(content.header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return piped(content.header, rows)
 
 
 def _commands(series: Series) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
+from utils.report_table import piped
 from utils.schedulers import SOLVERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,8 +92,6 @@ def measure(argv: list[str], steps: tuple[int, ...]) -> dict:
 
 def table(found: dict) -> str:
     """Write the rows as Markdown: a line a solver and schedule, a column a number of steps."""
-    from utils.readme import table as markdown
-
     steps, lines = sorted({row["steps"] for row in found["rows"]}), []
     for name, sigmas in points():
         cells = []
@@ -109,7 +108,7 @@ def table(found: dict) -> str:
                 cell += f", {100 * row['checker_right']:.0f} %"
             cells.append(cell)
         lines.append((name, sigmas, *cells))
-    return markdown(("scheduler", "sigmas", *(f"{n} steps" for n in steps)), lines)
+    return piped(("scheduler", "sigmas", *(f"{n} steps" for n in steps)), lines)
 
 
 def parser():

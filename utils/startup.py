@@ -26,6 +26,7 @@ from statistics import median
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
+from utils.report_table import piped
 
 FORMAT = 1
 STARTED = "FLUX_BENCH_STARTED"  # when the parent asked for this process, by the monotonic clock
@@ -111,8 +112,6 @@ def _cpu_seconds() -> float:
 
 def table(rows: list[dict]) -> str:
     """Render rows as Markdown."""
-    from utils.readme import table as markdown
-
     cells = []
     for row in rows:
         memory = row["memory_gib"]
@@ -125,7 +124,7 @@ def table(rows: list[dict]) -> str:
         ends = (f"{times[0]:.1f}", f"{times[-1]:.1f}", seconds)
         cells.append((row["start"], row["state"], *ends, *words, f"{peak:.2f}"))
     header = tuple(cell.format(n=len(rows[0]["images_s"])) for cell in HEADER)
-    return markdown(header, cells)
+    return piped(header, cells)
 
 
 def measured() -> str:

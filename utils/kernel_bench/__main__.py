@@ -209,7 +209,7 @@ def main() -> None:
     import torch
 
     from utils import card, peaks, results
-    from utils.readme import table
+    from utils.report_table import piped
 
     path = Path(args.results) if args.results else None
     if path:
@@ -230,7 +230,7 @@ def main() -> None:
         print(line(row), flush=True)
         if path:
             results.append(path, [common | row])
-    print("\n" + table(HEADER, sorted((cells(row) for row in rows), key=order)))
+    print("\n" + piped(HEADER, sorted((cells(row) for row in rows), key=order)))
     print(f"{time.perf_counter() - start:.0f} s" + (f"; rows are in {path}" if path else ""))
 
 
