@@ -6,6 +6,7 @@ A flag that is given wins over its preset, and the card says so.
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.checkpoints import NotFromHub, hub_file
 from utils.errors import UserError
 from utils.loras import split
 
@@ -82,8 +83,6 @@ def settle(args) -> None:
 
 
 def _file(name: str, preset: Preset) -> Path:
-    from utils.checkpoints import NotFromHub, hub_file
-
     try:
         return hub_file(preset.repo, preset.file)
     except NotFromHub as error:

@@ -10,7 +10,10 @@ import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
+from utils import guidance, schedulers
 from utils.prompts import count_images
+from utils.random_weights import configs_of
+from utils.work import image_tokens
 
 PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit"),
@@ -135,8 +138,6 @@ def gpu_state(args) -> dict:
 
 def call(args) -> dict:
     """Collect what decides the picture, apart from the steps; `args.also`: what an extra adds."""
-    from utils import guidance
-
     solver = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
     return {
         **guidance.call(args),  # as the solver where it is given: older rows have none of them
@@ -195,8 +196,6 @@ def _steps_off(args) -> list[str]:
 
 
 def _scheduler(args) -> list[str]:
-    from utils import schedulers
-
     if schedulers.is_default(args):
         return []
     forwards = schedulers.evaluations(args)
@@ -208,9 +207,6 @@ def _edited(args) -> str:
     """Give the size of Kontext's picture as it is encoded, and the tokens that it adds."""
     if args.pil_image is None:
         return ""
-    from utils.random_weights import configs_of
-    from utils.work import image_tokens
-
     width, height = args.pil_image.size
     tokens = image_tokens(configs_of(args.checkpoint)["vae"], (height, width))
     return f" of a picture of {width}x{height} ({tokens} more tokens a step)"

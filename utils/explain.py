@@ -5,14 +5,16 @@ Arithmetic alone: no weights, no download, no GPU.
 
 import copy
 
-from utils import checkpoints
+from utils import checkpoints, hardware, schedulers
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.layers import Layer, total
 from utils.peaks import CARDS, Peaks, datasheet
+from utils.prepare import call_problems, fill_in, open_image
+from utils.random_weights import configs_of
 from utils.report_table import si, significant
 from utils.roofline import bound, elementwise_s, floor_s, main_bound, precision_of, times_s, work_of
-from utils.steps import Verdict, not_given, off, on
+from utils.steps import Verdict, fa3, not_given, off, on, quant, step_mask, subpixel_upsampling
 from utils.work import STAGES, Work, image_tokens
 
 HEADER = (
@@ -59,9 +61,7 @@ def _machine(args, name: str) -> tuple[Machine, Peaks, str]:
             )
         card = known[name.lower()]
         return card.machine, card.peaks, "as named"
-    from utils.hardware import detect
-
-    here = detect(args.device)
+    here = hardware.detect(args.device)
     if found := datasheet(here):
         return here, found, "this machine"
     card = CARDS["H200"]
@@ -70,10 +70,6 @@ def _machine(args, name: str) -> tuple[Machine, Peaks, str]:
 
 def _settle(args, machine: Machine):
     """Do for a call on another machine what utils/prepare.py does for a run on this one."""
-    from utils import schedulers
-    from utils.prepare import call_problems, fill_in, open_image
-    from utils.steps import fa3, quant, step_mask, subpixel_upsampling
-
     if problems := call_problems(args):
         raise UserError("\n".join(problems))
     args = copy.copy(args)
@@ -122,8 +118,6 @@ def _settle(args, machine: Machine):
 
 
 def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
-    from utils.random_weights import configs_of
-
     call, vae = work.call, configs_of(args.checkpoint)["vae"]
     tokens = str(image_tokens(vae, (call.height, call.width)))
     if call.reference:

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.checkpoints import NotFromHub, hub_file
 from utils.errors import UserError
+from utils.random_weights import configs_of
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # of a hub repository, as diffusers names it
 MAX_LISTED = 8  # names in one error
@@ -81,8 +83,6 @@ def locate(name: str) -> Path:
 
 
 def _from_hub(name: str, repo: str, file: str) -> Path:
-    from utils.checkpoints import NotFromHub, hub_file
-
     try:
         return hub_file(repo, file)
     except NotFromHub as error:
@@ -151,8 +151,6 @@ def layers_of(checkpoint) -> dict[str, tuple[int, int]]:
     """
     import torch
     from diffusers import FluxTransformer2DModel
-
-    from utils.random_weights import configs_of
 
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(configs_of(checkpoint)["transformer"])

@@ -6,8 +6,10 @@ pipeline = optimize(load_pipeline(args), args)
 images = generate(pipeline, args)
 """
 
+from utils import guidance, random_weights, schedulers
 from utils.errors import UserError
 from utils.prompts import count_images
+from utils.quiet import no_bars_without_terminal
 from utils.steps import (
     PARTS,
     cache_dit,
@@ -84,14 +86,9 @@ def load_pipeline(args):
     """
     import diffusers
 
-    from utils import schedulers
-    from utils.quiet import no_bars_without_terminal
-
     no_bars_without_terminal()
     if args.checkpoint.random_weights:
-        from utils.random_weights import build
-
-        pipeline = build(args.checkpoint, args.dtype, args.load_device, args.seed)
+        pipeline = random_weights.build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
         from safetensors import SafetensorError
 
@@ -134,8 +131,6 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
     Returns: a list of PIL images, or with output_type="latent" a tensor (B, image tokens, 64).
     """
     import torch
-
-    from utils import guidance, schedulers
 
     seeds = range(args.seed, args.seed + count_images(args))
     call = {

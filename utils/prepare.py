@@ -7,8 +7,22 @@ Every problem that is found is reported, one line each.
 import time
 from pathlib import Path
 
-from utils import acceleration, card, checkpoints, checks, guidance, schedulers
+from utils import (
+    acceleration,
+    card,
+    checkpoints,
+    checks,
+    guidance,
+    hardware,
+    peers,
+    pipeline_utils,
+    schedulers,
+)
+from utils.benchmark_utils import set_rand_seeds
 from utils.errors import UserError
+from utils.prompts import report_cut_prompts
+from utils.random_weights import weights_gib
+from utils.steps import compile, gguf, memory, quant
 
 # Kontext's picture over the checkpoint's own area: its tokens join those of the image in every step
 MAX_REFERENCE_AREA = 4
@@ -24,12 +38,7 @@ def prepare(args) -> None:
     settle_call(args)
     if args.random_weights and args.load_device == args.device:
         _check_room(args)
-    if getattr(args, "peer", None):
-        from utils import peers
-
-        args.plan = peers.plan(args)
-    else:
-        args.plan = _plan(args)
+    args.plan = peers.plan(args) if getattr(args, "peer", None) else _plan(args)
 
 
 def settle_call(args) -> None:
@@ -50,9 +59,7 @@ def settle_call(args) -> None:
 
     import torch
 
-    from utils.hardware import detect
-
-    args.machine = detect(args.device)
+    args.machine = hardware.detect(args.device)
     args.device = args.device or args.machine.device
     if args.ckpt_is_default:
         args.ckpt = checkpoints.DEFAULT_CKPT[args.machine.device]
@@ -76,14 +83,10 @@ def announce_and_load(args) -> tuple:
 
     Returns: the pipeline, untouched by any step, and the seconds that loading took.
     """
-    from utils.benchmark_utils import set_rand_seeds
-    from utils.pipeline_utils import load_pipeline
-    from utils.prompts import report_cut_prompts
-
     print(card.render(args), flush=True)
     set_rand_seeds(args.seed)
     start = time.perf_counter()
-    pipeline = load_pipeline(args)
+    pipeline = pipeline_utils.load_pipeline(args)
     load_s = time.perf_counter() - start
     report_cut_prompts(pipeline, args)
     return pipeline, load_s
@@ -103,8 +106,6 @@ def fill_in(args) -> None:
 
 def _settle_mode(args) -> None:
     """Choose the memory tier, and with it the default of the compile mode."""
-    from utils.steps import compile, gguf, memory, quant
-
     typed_scope = args.compile_scope
     args.compile_scope = typed_scope or ("blocks" if args.cache_dit_config else "full")
     memory.settle(args)
@@ -211,8 +212,6 @@ def read_picture(flag: str, path: str):
 
 def _check_room(args) -> None:
     """Refuse to build more weights than the device has memory, before it is filled."""
-    from utils.random_weights import weights_gib
-
     needed, found = weights_gib(args.checkpoint, args.dtype), args.machine.memory_gib
     if needed > found:
         raise UserError(
@@ -224,9 +223,7 @@ def _check_room(args) -> None:
 
 def ask_steps(args) -> dict:
     """Ask every step for its verdict on a settled call, by name and in order."""
-    from utils.pipeline_utils import STEPS
-
-    return {step.NAME: step.check(args) for step in STEPS}
+    return {step.NAME: step.check(args) for step in pipeline_utils.STEPS}
 
 
 def _plan(args) -> dict:

@@ -23,8 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from utils.benchmark_utils import create_parser
+from utils import card, results, series
+from utils.benchmark_utils import create_parser, synchronize
 from utils.errors import UserError, run_script
+from utils.memory import peak_memory
+from utils.prepare import announce_and_load, prepare
 from utils.quiet import quiet_libraries
 from utils.report_table import piped
 
@@ -48,11 +51,7 @@ def start_once(args) -> dict:
 
     Returns: the row. Units: seconds since the process was asked for
     """
-    from utils import card
-    from utils.benchmark_utils import synchronize
-    from utils.memory import peak_memory
     from utils.pipeline_utils import generate, optimize
-    from utils.prepare import announce_and_load, prepare
 
     asked = float(os.environ[STARTED])
     prepare(args)
@@ -166,8 +165,6 @@ def main() -> None:
     names = [name.strip() for name in args.starts.split(",")]
     if unknown := [name for name in names if name not in STARTS]:
         raise UserError(f"--starts: unknown {unknown[0]!r} (expected some of: {', '.join(STARTS)})")
-    from utils import results, series
-
     path = series.results_path(args)
     if not args.results:
         path = path.parent / "startup" / path.name

@@ -9,14 +9,14 @@ import json
 import platform
 from pathlib import Path
 
+from utils import card
+
 UNHASHED = ("versions", "code")  # compared, but an upgrade replaces rather than adds
 
 
 def environment() -> dict:
     """Name the versions of everything that shapes compiled code or is linked by it."""
     import torch
-
-    from utils import card
 
     versions = card.versions()
     shaping = ("python", "torch", "triton", "torchao", "diffusers", "transformers")

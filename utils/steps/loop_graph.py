@@ -13,6 +13,7 @@ kernel as before; a trace would show no step, so it is refused.
 Unmeasured on a GPU, and therefore off by default.
 """
 
+from utils.progress import say
 from utils.steps import Verdict, not_given, on, refused, unavailable, uncompiled
 
 NAME = "loop_graph"
@@ -57,7 +58,6 @@ def apply(pipeline, args) -> None:
     """Put the loop into a graph of the pipeline's pool, and record the run's own call."""
     from utils.cudagraph import pool_of
     from utils.pipeline_utils import generate
-    from utils.progress import say
 
     wrap(pipeline, pool_of(pipeline))
     say(NAME, f"recording {args.num_inference_steps} steps as one graph")

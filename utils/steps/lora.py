@@ -14,7 +14,7 @@ see them and stay off.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils import acceleration
+from utils import acceleration, loras
 from utils.errors import UserError
 from utils.steps import Verdict, gguf, import_problem, not_given, on, refused
 
@@ -64,8 +64,6 @@ def check(args) -> Verdict:
             f"--lora {given[0]}: cannot be added to a GGUF's weights while they stay compressed; "
             "use --gguf_mode dequantize"
         )
-    from utils import loras
-
     if problem := import_problem("peft"):
         return refused(f"--lora: {problem}; pip install peft==0.21.2")
     try:

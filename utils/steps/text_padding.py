@@ -8,6 +8,7 @@ eight. Before anything that records or compiles, so that the warm-up has the run
 
 import functools
 
+from utils import guidance
 from utils.steps import Verdict, not_given, on
 
 NAME = "text_padding"
@@ -41,8 +42,6 @@ def bucket(tokenizer, prompts: list[str], most: int) -> int:
 
 def apply(pipeline, args) -> None:
     """Shorten what encode_prompt is asked for; embeddings that are given stay as they are."""
-    from utils import guidance
-
     encode = pipeline.encode_prompt
 
     @functools.wraps(encode)
