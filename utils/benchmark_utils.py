@@ -9,7 +9,9 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from utils import guidance, schedulers
 from utils.errors import UserError
+from utils.pipeline_utils import STEPS
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -72,9 +74,6 @@ class Parser(argparse.ArgumentParser):
 
 def create_parser(description: str | None = None) -> Parser:
     """Make the parser of gen_image.py and run_benchmark.py; every step adds its own flags."""
-    from utils import guidance, schedulers
-    from utils.pipeline_utils import STEPS
-
     parser = Parser(description=description)
     add = parser.add_argument_group("what to generate").add_argument
     add("--ckpt", help="bundled name, hub id or folder (FLUX.1-schnell on CUDA, else tiny-schnell)")

@@ -1,6 +1,7 @@
 """Memory of a run, on the device and on the host: what is free, peaks and weights."""
 
 import re
+import resource
 
 
 def parse_size(text: str) -> int | None:
@@ -33,8 +34,6 @@ def reset_peak_memory(device: str) -> None:
 
 def peak_memory(device: str) -> dict[str, float]:
     """Give the peaks since the last reset. Units: GiB; the host's since the process began."""
-    import resource
-
     peaks = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if device.startswith("cuda"):
         import torch

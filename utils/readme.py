@@ -15,6 +15,7 @@ from utils.quiet import quiet_libraries
 from utils.report import TABLES, fill, measured, summed_up
 from utils.report_rows import get, read
 from utils.report_table import piped
+from utils.steps import compile, fa3, quant
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PACKAGES = README.parent / "docs" / "packages.md"
@@ -60,8 +61,6 @@ def choices(machine: Machine) -> tuple[str, ...]:
     numbers may be named, compile mode, shapes.
     """
     import torch
-
-    from utils.steps import compile, fa3, quant
 
     attention = fa3.choose(machine, torch.bfloat16, probe=lambda backend, fp8: (backend, ""))
     backend = attention.settings["backend"]

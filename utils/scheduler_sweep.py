@@ -15,9 +15,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from utils import card, quality, reference, schedulers
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
+from utils.prepare import prepare
+from utils.prompts import quality_prompts
 from utils.quiet import quiet_libraries
+from utils.report import fill, write
 from utils.report_table import piped
 from utils.schedulers import SOLVERS
 
@@ -37,10 +41,7 @@ def measure(argv: list[str], steps: tuple[int, ...]) -> dict:
 
     Returns: the command, the call, the environment and a row for each
     """
-    from utils import card, quality, reference, schedulers
     from utils.pipeline_utils import load_pipeline
-    from utils.prepare import prepare
-    from utils.prompts import quality_prompts
 
     args = parser().parse_args(argv)
     prepare(args)
@@ -134,8 +135,6 @@ def main() -> None:
     if args.scheduler or args.sigmas or args.true_cfg_scale or args.lora:
         raise UserError("--scheduler, --sigmas, --true_cfg_scale, --lora: the sweep is without")
     quiet_libraries()
-    from utils.report import fill, write
-
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = measure(argv, STEPS)
