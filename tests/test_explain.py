@@ -28,6 +28,8 @@ def test_explain_says_what_bounds_what():
         make_args(*here, "--subpixel_upsampling", "phases", checks=False), "A100"
     )
     assert "FLUX.1-schnell, schnell" in a100 and "precision   bf16\n" in a100
+    preset = ("--acceleration", "hyper-8:of_the_hub.safetensors")
+    assert "1 image(s), 8 evaluations" in explain(make_args("--ckpt", DEV, *preset, checks=False))
     kontext = explain(make_args("--ckpt", KONTEXT, *here, checks=False))
     assert "4096 + 4096 (--image of 1024x1024, assumed)" in kontext and "VAE ENCODER" in kontext
     tiny = explain(make_args("--ckpt", "tiny-dev", "--sigmas", "1,0.5", *here, checks=False))

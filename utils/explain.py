@@ -5,7 +5,7 @@ Arithmetic alone: no weights, no download, no GPU.
 
 import copy
 
-from utils import checkpoints, hardware, schedulers
+from utils import acceleration, checkpoints, hardware, schedulers
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.layers import Layer, total
@@ -77,6 +77,7 @@ def _settle(args, machine: Machine):
     args.ckpt = args.ckpt or checkpoints.DEFAULT_CKPT["cuda"]
     published = args.ckpt in checkpoints.HUB_KINDS  # their configs are known: no need for the hub
     args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights or published)
+    acceleration.settle(args)
     fill_in(args)
     if args.step_mask:
         try:
