@@ -193,7 +193,7 @@ def table(series: Series) -> Table:
 
 
 def _single(series: Series) -> Table:
-    """Keep single runs as they have always been shown: their command names them."""
+    """Give single runs columns of their own: their command names them, none is another's base."""
 
     def worst_psnr(row: dict) -> str:
         worst = get(row, "quality", "psnr_db_worst")
