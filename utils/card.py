@@ -140,7 +140,7 @@ def call(args) -> dict:
     """Collect what decides the picture, apart from the steps; `args.also`: what an extra adds."""
     solver = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
     return {
-        **guidance.call(args),  # as the solver where it is given: older rows have none of them
+        **guidance.call(args),  # it and the solver where they are given: older rows have neither
         **{name: value for name, value in solver.items() if value is not None},
         **{name: getattr(args, name) for name in CALL},
         "dtype": str(args.dtype).removeprefix("torch."),
