@@ -41,6 +41,7 @@ def test_sizes_are_read_as_people_write_them():
     with pytest.raises(argparse.ArgumentTypeError, match="or a size such as 10GiB"):
         _tier_or_size("10")
     assert parse_size("10G") is parse_size("10iB") is parse_size("-1GiB") is None
+    assert parse_size("9" * 400 + "GB") is None  # no float has it
 
 
 @pytest.mark.parametrize(("image", "text"), [(4096, 512), (1024, 256)])

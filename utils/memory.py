@@ -6,7 +6,7 @@ import resource
 
 def parse_size(text: str) -> int | None:
     """Read 20GB, 1.5 GiB or a number of bytes; None if it is none of these. Units: bytes"""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:(?:([kmgt])(i?))?b)?", text.lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?(?:(?:([kmgt])(i?))?b)?", text.lower())
     if not found:
         return None
     number, letter, binary = found.groups()
