@@ -8,11 +8,14 @@ import json
 import sys
 from pathlib import Path
 
+from utils import compare_files, kernel_table, pipeline_utils, results, row
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
+from utils.explain import explain
 from utils.peers import PEERS
 from utils.quiet import quiet_libraries
 from utils.report_series import KINDS as SERIES
+from utils.series import run_series
 from utils.steps.memory import out_of_memory_explained
 
 
@@ -78,21 +81,12 @@ def main() -> None:
     args = parse_arguments()
     quiet_libraries()
     if args.compare:
-        from utils import compare_files
-
         sys.exit(compare_files.main(*args.compare))
     if args.explain is not None:
-        from utils.explain import explain
-
         print(explain(args, args.explain))
         return
     if args.series:
-        from utils.series import run_series
-
         sys.exit(1 if run_series(args, sys.argv[1:]) else 0)
-
-    from utils import results, row
-    from utils.pipeline_utils import generate
 
     if args.results:
         results.append(Path(args.results), [])
@@ -102,12 +96,10 @@ def main() -> None:
     if args.results:  # before anything else may fail or be cut off
         results.append(Path(args.results), [found])
     if args.trace_file:
-        row.write_trace(Path(args.trace_file), lambda: generate(pipeline, args))
+        row.write_trace(Path(args.trace_file), lambda: pipeline_utils.generate(pipeline, args))
         print(f"trace       {args.trace_file}")
     if args.kernel_table:
-        from utils import kernel_table
-
-        print(kernel_table.render(lambda: generate(pipeline, args), args.device))
+        print(kernel_table.render(lambda: pipeline_utils.generate(pipeline, args), args.device))
     if args.output_file:
         from utils.images import save_images
 

@@ -14,6 +14,7 @@ from extras import controls, derived
 from extras.inpaint import read_mask
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
+from utils.prompts import count_images
 
 
 def parse(argv: list[str] | None = None):
@@ -98,7 +99,7 @@ def _begin_with(args, read: list) -> tuple:
     args.also |= {"strength": args.strength} | ({"mask": args.mask} if mask else {})
 
     def beginning(args) -> dict:
-        images = [derived.to_size(image, args)] * derived.count(args)
+        images = [derived.to_size(image, args)] * count_images(args)
         masked = {"mask_image": derived.to_mask(mask, args)} if mask else {}
         return {"image": images, "strength": args.strength} | masked
 

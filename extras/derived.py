@@ -143,11 +143,6 @@ def to_mask(mask, args):
     return mask.resize((args.width, args.height), Image.Resampling.NEAREST)
 
 
-def count(args) -> int:
-    """Count the pictures of a call."""
-    return len(args.prompt) * args.num_images_per_prompt
-
-
 def derive(pipeline, args, name: str, components: dict | None = None, **call):
     """Make diffusers' pipeline `name` of the loaded components, with its own arguments bound.
 

@@ -7,6 +7,7 @@ are taken, so a strength of 0.6 takes 17 of 28 steps. All optimisations as in ge
 from extras import derived
 from utils.benchmark_utils import create_parser
 from utils.errors import run_script
+from utils.prompts import count_images
 
 
 def parse(argv: list[str] | None = None):
@@ -35,7 +36,7 @@ def load(args) -> tuple:
         "steps_taken": derived.steps_taken(args.num_inference_steps, args.strength),
     }
     pipeline, load_s = announce_and_load(args)
-    images = [derived.to_size(image, args)] * derived.count(args)  # each encoded with its own seed
+    images = [derived.to_size(image, args)] * count_images(args)  # each encoded with its own seed
     call = {"image": images, "strength": args.strength}
     return derived.derive(pipeline, args, "FluxImg2ImgPipeline", **call), load_s
 

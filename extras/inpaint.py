@@ -10,6 +10,7 @@ trained to see the mask. Both decode the whole picture, so kept pixels go throug
 from extras import derived
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
+from utils.prompts import count_images
 
 PIPELINES = {
     "schnell": "FluxInpaintPipeline",
@@ -72,7 +73,7 @@ def load(args) -> tuple:
         "steps_taken": derived.steps_taken(args.num_inference_steps, args.strength),
     } | ({"paste": True} if args.paste else {})
     pipeline, load_s = announce_and_load(args)
-    images = [image] * derived.count(args)  # each encoded with its own seed
+    images = [image] * count_images(args)  # each encoded with its own seed
     call = {"image": images, "mask_image": mask, "strength": args.strength}
     pipeline = derived.derive(pipeline, args, PIPELINES[kind], **call)
     if args.paste:

@@ -5,9 +5,9 @@ one JSON object in EXIF's UserComment, the prompt also as its ImageDescription.
 """
 
 import json
-import os
 from pathlib import Path
 
+from utils.artifacts import replacing
 from utils.errors import UserError
 from utils.prepare import to_rgb
 
@@ -67,12 +67,8 @@ def save_picture(image, path: Path, about: dict[str, str], quality: int) -> None
     Units: quality from 1 to 100; PNG has none, for WebP 100 is lossless.
     """
     kind = FORMATS[path.suffix.lower()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format=kind, **_options(kind, about, quality))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as new:
+        image.save(new, format=kind, **_options(kind, about, quality))
 
 
 def _options(kind: str, about: dict[str, str], quality: int) -> dict:

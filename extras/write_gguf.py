@@ -5,10 +5,10 @@ stay F32, and a matrix whose rows the type does not divide becomes F16, as other
 Names are diffusers' own. The gguf package writes these types; K-quants it can only read.
 """
 
-import os
 from collections import Counter
 from pathlib import Path
 
+from utils.artifacts import replacing
 from utils.benchmark_utils import Parser
 from utils.errors import UserError, run_script
 
@@ -41,10 +41,9 @@ def write(folder: Path, path: Path, kind: str, encode=quantize) -> dict[str, int
     if not weights_files:
         raise UserError(f"--ckpt: found no *.safetensors in {folder}")
     block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    writer = GGUFWriter(temporary, "flux")
     counts = Counter()
-    try:
+    with replacing(path) as new:
+        writer = GGUFWriter(new, "flux")
         for file in weights_files:
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  not a dict
@@ -62,9 +61,6 @@ def write(folder: Path, path: Path, kind: str, encode=quantize) -> dict[str, int
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return dict(counts)
 
 

@@ -9,7 +9,6 @@ from tests.conftest import make_args
 from utils.architecture import DEV, KONTEXT
 from utils.errors import UserError
 from utils.explain import explain
-from utils.peaks import Peaks
 
 
 def test_explain_says_what_bounds_what():
@@ -29,17 +28,21 @@ def test_explain_says_what_bounds_what():
         make_args(*here, "--subpixel_upsampling", "phases", checks=False), "A100"
     )
     assert "FLUX.1-schnell, schnell" in a100 and "precision   bf16\n" in a100
+    preset = ("--acceleration", "hyper-8:of_the_hub.safetensors")
+    assert "1 image(s), 8 evaluations" in explain(make_args("--ckpt", DEV, *preset, checks=False))
     kontext = explain(make_args("--ckpt", KONTEXT, *here, checks=False))
     assert "4096 + 4096 (--image of 1024x1024, assumed)" in kontext and "VAE ENCODER" in kontext
-    measured = Peaks("here", {"bf16": 1.0}, 0.01, "measured")
-    tiny = explain(make_args("--ckpt", "tiny-dev", *here, checks=False), peaks=measured)
-    assert "this machine, measured" in tiny and "64 image, 512 text" in tiny
+    tiny = explain(make_args("--ckpt", "tiny-dev", "--sigmas", "1,0.5", *here, checks=False))
+    assert "64 image, 512 text" in tiny and "1 image(s), 2 evaluations" in tiny
 
 
 def test_explain_refuses_what_cannot_run():
     for flags, machine, words in (
         ((), "H300", "--explain H300: unknown machine"),
         (("--height", "100"), "", "not divisible by 16"),
+        (("--sigmas", "1,x"), "", "--sigmas 1,x: expected default"),
+        (("--true_cfg_scale", "2"), "", "has no effect without --negative_prompt"),
+        (("--step_mask", "junk"), "", "--step_mask junk: found 'junk', expected slow"),
         (("--attention_backend", "fa3"), "L20", "--attention_backend fa3: found NVIDIA L20"),
     ):
         with pytest.raises(UserError, match=words):

@@ -1,5 +1,6 @@
 """Memory tiers: estimates against measured peaks, choices, pictures, refusals, and running out."""
 
+import argparse
 import os
 import resource
 import subprocess
@@ -17,11 +18,12 @@ from tests.peak_tensors import PeakTensors
 from utils import card, memory_tiers, quality, row
 from utils.errors import UserError
 from utils.hardware import Machine
-from utils.memory_tiers import GIB, TIERS, estimate, parse_size
+from utils.memory import parse_size
+from utils.memory_tiers import GIB, TIERS, estimate
 from utils.pipeline_utils import generate
 from utils.random_weights import TRANSFORMER, VAE
 from utils.reference import check_room
-from utils.steps.memory import out_of_memory_explained
+from utils.steps.memory import _tier_or_size, out_of_memory_explained
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", (9, 0), memory_gib=78.0)  # what is free of 79.2
 ADA = Machine("cuda", "RTX 6000 Ada", (8, 9), memory_gib=48.0)
@@ -34,7 +36,12 @@ def test_sizes_are_read_as_people_write_them():
     assert parse_size("10GB") == 10**10
     assert parse_size("1.5 GiB") == 3 * 2**29
     assert parse_size("512MiB") == 2**29
-    assert parse_size("10") is parse_size("GiB") is parse_size("-1GiB") is None
+    assert parse_size("20gb") == parse_size("20 GB") == 2 * 10**10
+    assert parse_size("10") == 10
+    with pytest.raises(argparse.ArgumentTypeError, match="or a size such as 10GiB"):
+        _tier_or_size("10")
+    assert parse_size("10G") is parse_size("10iB") is parse_size("-1GiB") is None
+    assert parse_size("9" * 400 + "GB") is None  # no float has it
 
 
 @pytest.mark.parametrize(("image", "text"), [(4096, 512), (1024, 256)])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from conftest import make_args
 from PIL import Image
 
-from utils.images import save_images
+from utils.images import save_images, write_strip
 from utils.pipeline_utils import STEPS
 from utils.prompts import report_cut_prompts
 
@@ -74,6 +75,15 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_images([Image.new("RGB", (16, 16))], args)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_may_be_read_by_others(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        strip = write_strip([Image.new("RGB", (16, 16))], tmp_path)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / strip).stat().st_mode & 0o777 == 0o644
 
 
 def test_prompts_that_are_too_long_are_reported_and_go_on(capsys):

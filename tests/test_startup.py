@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import readme, startup
+from utils import readme, series, startup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,8 @@ def test_unknown_starts_are_one_line(tmp_path):
 
 def test_words_of_the_command_itself_stay_behind():
     words = ["--ckpt", "x", "--starts", "a,b", "--results=r", "--cache_dir", "c", "--seed", "1"]
-    assert startup.own_words(words) == ["--ckpt", "x", "--seed", "1"]
+    kept = series.common_flags(words, startup.OWN_FLAGS)
+    assert kept == ["--ckpt", "x", "--seed", "1"]
 
 
 def test_the_page_of_packages_is_up_to_date():

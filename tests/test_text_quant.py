@@ -56,7 +56,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(flags, says):
 
 
 def test_a_missing_torchao_is_refused(monkeypatch):
-    monkeypatch.setattr(quant, "torchao_problem", lambda dtype="float8": "no module torchao")
+    monkeypatch.setattr(quant, "import_problem", lambda *modules: "no module torchao")
     assert "pip install torchao" in checked(H200).reason
 
 

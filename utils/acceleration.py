@@ -6,7 +6,9 @@ A flag that is given wins over its preset, and the card says so.
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.checkpoints import NotFromHub, hub_file
 from utils.errors import UserError
+from utils.loras import split
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def settle(args) -> None:
             f"({args.checkpoint.kind})"
         )
     notes, loras = [], list(args.lora or ())
-    own = [text for text in loras if _file_of(text) == Path(path or preset.file).name]
+    file = Path(path or preset.file).name
+    own = [text for text in loras if Path(split(text)[0]).name == file]
     if own:
         notes.append(f"--lora {own[0]} given")
     else:
@@ -70,10 +73,7 @@ def settle(args) -> None:
         loras.insert(0, lora)
         notes.append(f"LoRA {lora}")
     args.lora = loras
-    for flag, value in (
-        ("num_inference_steps", preset.steps),
-        ("guidance_scale", preset.guidance),
-    ):
+    for flag, value in (("num_inference_steps", preset.steps), ("guidance_scale", preset.guidance)):
         if (given := getattr(args, flag)) is None:
             setattr(args, flag, value)
             notes.append(f"--{flag} {value:g}")
@@ -82,20 +82,11 @@ def settle(args) -> None:
     args.acceleration_notes = tuple(notes)
 
 
-def _file_of(text: str) -> str:
-    from utils import loras
-
-    return Path(loras.split(text)[0]).name
-
-
 def _file(name: str, preset: Preset) -> Path:
-    from utils import loras
-
     try:
-        return loras.locate(f"{preset.repo}/{preset.file}")
-    except UserError as error:
-        why = str(error).partition(f"{preset.file}: ")[2].partition("; download")[0]
+        return hub_file(preset.repo, preset.file)
+    except NotFromHub as error:
         raise UserError(
-            f"--acceleration {name}: needs {preset.file} of huggingface.co/{preset.repo} ({why}); "
-            f"download it and give --acceleration {name}:PATH"
+            f"--acceleration {name}: needs {preset.file} of huggingface.co/{preset.repo} "
+            f"({error.why}); download it and give --acceleration {name}:PATH"
         ) from None

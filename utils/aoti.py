@@ -22,14 +22,7 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
-from utils.calls import (
-    call_differences,
-    dense,
-    describe,
-    key_of,
-    layout,
-    refuse_if_only_known,
-)
+from utils.calls import call_differences, dense, describe, key_of, layout, refuse_if_only_known
 
 PACKAGE_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,

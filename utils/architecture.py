@@ -13,8 +13,7 @@ from utils.layers import Precision, products, total
 from utils.peaks import CARDS
 from utils.random_weights import SCHEDULER, configs_of
 from utils.readme import render as fill
-from utils.readme import table
-from utils.report_table import significant
+from utils.report_table import piped, significant
 from utils.roofline import elementwise_s, floor_s, main_bound, rows_of
 from utils.work import Call, Work, count, image_tokens
 
@@ -66,18 +65,8 @@ def components() -> str:
                 duration(elementwise_s(layers, H200)),
             )
         )
-    header = (
-        "network",
-        "in",
-        "out",
-        "parameters",
-        "GiB",
-        "FLOP",
-        "floor",
-        "bound by",
-        "elementwise",
-    )
-    return table(header, rows)
+    header = ("network", "in", "out", "parameters", "GiB", "FLOP", "floor", "bound by")
+    return piped((*header, "elementwise"), rows)
 
 
 def step() -> str:
@@ -107,7 +96,7 @@ def step() -> str:
     rows.append(("**all products**", "", *_sum(products(plain)), "", *sums))
     rows.append(("**all elementwise passes**", "", "", "", "", "", *passes))
     header = ("part", "kind", "parameters", "FLOP", "bytes", "FLOP/B", "bf16 floor", "float8 floor")
-    return table(header, rows)
+    return piped(header, rows)
 
 
 def _sum(layers) -> tuple[str, str, str]:
@@ -120,7 +109,7 @@ def _block(part: str) -> str:
     layers = [layer for layer in work_for(DEV).layers["transformer"] if layer.part == part]
     blocks = next(layer.count for layer in layers if layer.kind == "attention")
     rows = [cells(replace(layer, count=layer.count // blocks), H200) for layer in layers]
-    return table(columns, [tuple(row[column] for column in columns) for row in rows])
+    return piped(columns, [tuple(row[column] for column in columns) for row in rows])
 
 
 def double_block() -> str:
@@ -150,7 +139,7 @@ def decoder() -> str:
             )
         )
     header = ("part", "first and last convolution", "parameters", "FLOP", "floor", "elementwise")
-    return table(header, rows)
+    return piped(header, rows)
 
 
 def variants() -> str:
@@ -158,7 +147,7 @@ def variants() -> str:
     facts = {name: _facts(name) for name in NAMES}
     header = ("", *(NAMES[name] for name in facts))
     keys = facts[DEV]
-    return table(header, [(key, *(fact[key] for fact in facts.values())) for key in keys])
+    return piped(header, [(key, *(fact[key] for fact in facts.values())) for key in keys])
 
 
 def _facts(name: str) -> dict[str, str]:
@@ -225,19 +214,10 @@ def machines() -> str:
             )
         )
     header = (
-        "machine",
-        "bf16 TFLOP/s",
-        "fp8 TFLOP/s",
-        "TB/s",
-        "bf16 ridge",
-        "fp8 ridge",
-        "Schnell bf16",
-        "Schnell float8",
-        "Dev bf16",
-        "Dev float8",
-        "source",
+        *("machine", "bf16 TFLOP/s", "fp8 TFLOP/s", "TB/s", "bf16 ridge", "fp8 ridge"),
+        *("Schnell bf16", "Schnell float8", "Dev bf16", "Dev float8", "source"),
     )
-    return table(header, rows)
+    return piped(header, rows)
 
 
 def shift(tokens: int, scheduler: dict) -> float | None:
@@ -285,7 +265,7 @@ def schedule() -> str:
                 four,
             )
         )
-    return table(("call", "image tokens", "mu", "shift", "timesteps of 4 steps"), rows)
+    return piped(("call", "image tokens", "mu", "shift", "timesteps of 4 steps"), rows)
 
 
 SECTIONS = {

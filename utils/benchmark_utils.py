@@ -9,7 +9,9 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from utils import guidance, schedulers
 from utils.errors import UserError
+from utils.pipeline_utils import STEPS
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -72,9 +74,6 @@ class Parser(argparse.ArgumentParser):
 
 def create_parser(description: str | None = None) -> Parser:
     """Make the parser of gen_image.py and run_benchmark.py; every step adds its own flags."""
-    from utils import guidance, schedulers
-    from utils.pipeline_utils import STEPS
-
     parser = Parser(description=description)
     add = parser.add_argument_group("what to generate").add_argument
     add("--ckpt", help="bundled name, hub id or folder (FLUX.1-schnell on CUDA, else tiny-schnell)")
@@ -157,22 +156,19 @@ class StageClock:
         return seconds
 
 
-def annotate(f, title: str, clock: StageClock | None = None):
-    """Wrap f so that traces show it as a region, and the clock, if any, times it."""
+def annotate(f, title: str, clock: StageClock):
+    """Wrap f so that traces show it as a region, and the clock times it."""
     import torch
 
     @functools.wraps(f)
     def annotated(*args, **kwargs):
-        with torch.profiler.record_function(title):
-            if clock is None:
-                return f(*args, **kwargs)
-            with clock.region(title):
-                return f(*args, **kwargs)
+        with torch.profiler.record_function(title), clock.region(title):
+            return f(*args, **kwargs)
 
     return annotated
 
 
-def annotate_pipeline(pipeline, clock: StageClock | None = None) -> None:
+def annotate_pipeline(pipeline, clock: StageClock) -> None:
     """Name the stages of a call, outside of whatever compiled or recorded them.
 
     With a step mask only computed steps are a `denoising_step`; a loop that is one graph has none,
@@ -201,19 +197,35 @@ class Spread:
     def median(self) -> float:
         return statistics.median(self.samples)
 
-    def as_dict(self, digits: int = 6) -> dict:
+    def as_dict(self) -> dict:
         """Give median, min, max, n and the samples, rounded, for the JSON line."""
         return {
-            "median": round(self.median, digits),
-            "min": round(min(self.samples), digits),
-            "max": round(max(self.samples), digits),
+            "median": round(self.median, 6),
+            "min": round(min(self.samples), 6),
+            "max": round(max(self.samples), 6),
             "n": len(self.samples),
-            "samples": [round(sample, digits) for sample in self.samples],
+            "samples": [round(sample, 6) for sample in self.samples],
         }
 
     def __str__(self) -> str:
         low, high = min(self.samples), max(self.samples)
         return f"{self.median:.4g} ({low:.4g}-{high:.4g}, n={len(self.samples)})"
+
+
+def time_once(run, device: str) -> float:
+    """Time one call: between CUDA events on a GPU, by the clock on a CPU. Units: seconds"""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    import torch
+
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
 
 
 def synchronize(device: str) -> None:

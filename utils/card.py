@@ -10,9 +10,19 @@ import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
+from utils import guidance, schedulers
+from utils.prompts import count_images
+from utils.random_weights import configs_of
+from utils.work import image_tokens
+
 PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit"),
     *("fa3-fwd", "flash-attn-4", "comfy-kitchen"),
+)
+
+CALL = (
+    *("ckpt", "random_weights", "prompt", "seed", "height", "width", "num_inference_steps"),
+    *("guidance_scale", "max_sequence_length", "num_images_per_prompt"),
 )
 
 
@@ -128,43 +138,27 @@ def gpu_state(args) -> dict:
 
 def call(args) -> dict:
     """Collect what decides the picture, apart from the steps; `args.also`: what an extra adds."""
-    return _only_given(args) | {
-        "ckpt": args.ckpt,
-        "random_weights": args.random_weights,
-        "prompt": args.prompt,
-        "seed": args.seed,
-        "height": args.height,
-        "width": args.width,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "max_sequence_length": args.max_sequence_length,
-        "num_images_per_prompt": args.num_images_per_prompt,
+    solver = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
+    return {
+        **guidance.call(args),  # it and the solver where they are given: older rows have neither
+        **{name: value for name, value in solver.items() if value is not None},
+        **{name: getattr(args, name) for name in CALL},
         "dtype": str(args.dtype).removeprefix("torch."),
         **getattr(args, "also", {}),
     }
-
-
-def _only_given(args) -> dict:
-    """Collect solver, sigmas and true CFG where they are given: older rows have none of them."""
-    from utils import guidance
-
-    chosen = {name: getattr(args, name) for name in ("scheduler", "sigmas")}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return guidance.call(args) | given
 
 
 def render(args) -> str:
     """Write the card as text: one line a fact, then the steps that are on, then the others."""
     about = call(args)
     why = f" (the default on {args.machine.device})" if args.ckpt_is_default else ""
-    count = len(args.prompt) * args.num_images_per_prompt
     guidance = "none" if args.guidance_scale is None else f"{args.guidance_scale:g}"
     machine = args.machine
     lines = [
         f"machine     {machine.name} ({machine.short()}), {machine.memory_gib:.0f} GiB",
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
-        f"call        {args.width}x{args.height} (width x height), {count} image(s)"
+        f"call        {args.width}x{args.height} (width x height), {count_images(args)} image(s)"
         f"{_edited(args)}, {args.num_inference_steps} steps, guidance {guidance}{_true_cfg(args)}, "
         f"{args.max_sequence_length} text tokens, seed {args.seed}",
         *_scheduler(args),
@@ -192,8 +186,8 @@ def _steps_off(args) -> list[str]:
     """Give a line for each step that is off, with its reason; the flags that were not given."""
     lines, flags = [], []
     for name, verdict in args.plan.items():
-        if verdict.state == "off" and verdict.reason.startswith("no --"):
-            flags.append(verdict.reason.removeprefix("no "))
+        if verdict.missing_flag:
+            flags.append(verdict.missing_flag)
         elif not verdict.is_on:
             state = "" if verdict.state == "off" else verdict.state + ": "
             lines.append(f"off: {name:22s} {state}{verdict.reason}")
@@ -202,8 +196,6 @@ def _steps_off(args) -> list[str]:
 
 
 def _scheduler(args) -> list[str]:
-    from utils import schedulers
-
     if schedulers.is_default(args):
         return []
     forwards = schedulers.evaluations(args)
@@ -215,9 +207,6 @@ def _edited(args) -> str:
     """Give the size of Kontext's picture as it is encoded, and the tokens that it adds."""
     if args.pil_image is None:
         return ""
-    from utils.random_weights import configs_of
-    from utils.work import image_tokens
-
     width, height = args.pil_image.size
     tokens = image_tokens(configs_of(args.checkpoint)["vae"], (height, width))
     return f" of a picture of {width}x{height} ({tokens} more tokens a step)"

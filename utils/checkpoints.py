@@ -128,8 +128,19 @@ INSTEAD = (
 )
 
 
+class NotFromHub(UserError):
+    """A file of the hub cannot be had; `why` says so without the flag and what to do instead."""
+
+    def __init__(self, flag: str, repo: str, why: str, cure: str) -> None:
+        super().__init__(f"{flag} {repo}: {why}; {cure}")
+        self.why = why
+
+
 def hub_file(repo: str, file: str, flag: str = "--ckpt", instead: str = INSTEAD) -> Path:
-    """Fetch one file of a hub repository, or say in one line why it cannot be had."""
+    """Fetch one file of a hub repository.
+
+    Raises: NotFromHub, one line that names the flag and another way
+    """
     from huggingface_hub import (
         get_hf_file_metadata,
         hf_hub_download,
@@ -145,21 +156,16 @@ def hub_file(repo: str, file: str, flag: str = "--ckpt", instead: str = INSTEAD)
         get_hf_file_metadata(hf_hub_url(repo, file), timeout=10)  # one try; a download makes six
         return Path(hf_hub_download(repo, file))
     except GatedRepoError:
-        raise UserError(
-            f"{flag} {repo}: gated; accept the licence at https://huggingface.co/{repo}, "
-            f"then `hf auth login`; {instead}"
-        ) from None
+        cure = f"accept the licence at https://huggingface.co/{repo}, then `hf auth login`"
+        raise NotFromHub(flag, repo, "gated", f"{cure}; {instead}") from None
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{flag} {repo}: no such model on the hub, or not yours to see (`hf auth login`); "
-            f"{instead}"
-        ) from None
+        why = "no such model on the hub, or not yours to see (`hf auth login`)"
+        raise NotFromHub(flag, repo, why, instead) from None
     except (HfHubHTTPError, OSError, ValueError, RuntimeError, transport_error()) as error:
-        raise UserError(
-            f"{flag} {repo}: not in the local cache and the hub cannot be reached "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); licence: "
-            f"https://huggingface.co/{repo}, login: `hf auth login`; {instead}"
-        ) from None
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        why = f"not in the local cache and the hub cannot be reached ({said})"
+        cure = f"licence: https://huggingface.co/{repo}, login: `hf auth login`"
+        raise NotFromHub(flag, repo, why, f"{cure}; {instead}") from None
 
 
 def transport_error() -> type[Exception]:

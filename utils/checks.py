@@ -10,8 +10,7 @@ from utils.schedulers import TRAINING_TIMESTEPS
 
 MAX_SEQUENCE_LENGTH = 512  # FluxPipeline's limit; T5 itself has none
 MAX_EDGE = 16384  # pixels: a million image tokens for a square, beyond any device's memory
-# What is put around a name while a file is written, and its number: a dot, eight letters, an ending
-ROOM = 32  # bytes
+ROOM = 32  # bytes around a name: a picture's number, and what a file has while it is written
 BOUNDS = (  # flag, least, most
     ("num_inference_steps", 1, TRAINING_TIMESTEPS),
     ("max_sequence_length", 1, MAX_SEQUENCE_LENGTH),
@@ -55,25 +54,21 @@ def number_problems(args) -> list[str]:
 def path_problems(args) -> list[str]:
     """Look at every file and folder that the run will write, while it costs nothing."""
     problems = []
-    for flag in ("output_file", "trace_file", "results", "mask_file"):
+    for flag in ("output_file", "trace_file", "results", "mask_file", "pictures"):
         value = getattr(args, flag, None)
         if value is None:
             continue
         try:
-            problem = _file_problem(Path(value), ROOM + (flag == "output_file") * _ending(args))
+            if flag == "pictures":
+                problem = _folder_problem(Path(value))
+            else:
+                problem = _file_problem(Path(value), ROOM + (flag == "output_file") * _ending(args))
         except OSError as error:
             problem = f"cannot be written ({error.strerror})"
         if not problem and flag == "output_file" and Path(value).suffix.lower() != ".png":
             problem = "expected a name ending in .png"
         if problem:
             problems.append(f"--{flag.replace('_', '-')} {value}: {problem}")
-    if folder := getattr(args, "pictures", None):
-        try:
-            problem = _folder_problem(Path(folder))
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror})"
-        if problem:
-            problems.append(f"--pictures {folder}: {problem}")
     return problems
 
 

@@ -170,7 +170,7 @@ class CUDAGraphWrapper:
         # Keyword order is no part of a call; sorting gives f(a=, b=) and f(b=, a=) one graph
         call = (args, dict(sorted(kwargs.items())))
         leaves, spec = pytree.tree_flatten(call)
-        if not self._plain(leaves):
+        if not all(isinstance(leaf, (torch.Tensor, *CONSTANTS)) for leaf in leaves):
             self._check_values(call)
         key = key_of(leaves, spec)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -182,10 +182,6 @@ class CUDAGraphWrapper:
         for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor)  # right for any strides, an expanded tensor's included
         return pytree.tree_map(self._keep, replay())
-
-    @staticmethod
-    def _plain(leaves: list) -> bool:
-        return all(isinstance(leaf, (torch.Tensor, *CONSTANTS)) for leaf in leaves)
 
     def _check_values(self, call: tuple) -> None:
         """Refuse the first argument that has no lasting value to be keyed by."""

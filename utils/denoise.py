@@ -22,12 +22,12 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import logging
 
 from utils.errors import UserError
+from utils.guidance import COST as TRUE_CFG
 from utils.kernels.modulation import Constants, hoist
 from utils.steps import own_class
 
 logger = logging.get_logger(__name__)
 FLAG = "leave out --modulation_once"
-TRUE_CFG = "true CFG runs the transformer twice in every step"
 IP_ADAPTER = "an IP-adapter adds to the blocks' inputs"
 NEEDS_STOCK_LOOP = {  # argument -> why the loop cannot have it
     "negative_prompt": TRUE_CFG,

@@ -5,28 +5,21 @@ Arithmetic alone: no weights, no download, no GPU.
 
 import copy
 
-from utils import checkpoints
+from utils import acceleration, checkpoints, hardware, schedulers
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.layers import Layer, total
 from utils.peaks import CARDS, Peaks, datasheet
+from utils.prepare import call_problems, fill_in, open_image
+from utils.random_weights import configs_of
 from utils.report_table import si, significant
 from utils.roofline import bound, elementwise_s, floor_s, main_bound, precision_of, times_s, work_of
-from utils.steps import Verdict, off, on
+from utils.steps import Verdict, fa3, not_given, off, on, quant, step_mask, subpixel_upsampling
 from utils.work import STAGES, Work, image_tokens
 
 HEADER = (
-    "part",
-    "layer",
-    "n",
-    "shape",
-    "dtype",
-    "parameters",
-    "FLOP",
-    "bytes",
-    "FLOP/B",
-    "bound by",
-    "floor",
+    *("part", "layer", "n", "shape", "dtype", "parameters", "FLOP", "bytes", "FLOP/B"),
+    *("bound by", "floor"),
 )
 LEFT = ("part", "layer", "shape", "dtype", "bound by")
 COUNTED = """\
@@ -37,15 +30,15 @@ passes stand in brackets: a compiler may fuse them into the products, so no sum 
 kernels of their own they cost what the brackets say."""
 
 
-def explain(args, machine: str = "", peaks: Peaks | None = None) -> str:
+def explain(args, machine: str = "") -> str:
     """Write FLUX.1 block by block for the checkpoint and the call of `args`, as parsed.
 
-    `machine` names one of utils/peaks.py; without it and without measured `peaks` it is this one's
-    GPU if its data sheet is known, else an H200. Default checkpoint: FLUX.1-schnell.
+    `machine` names one of utils/peaks.py; without it, it is this one's GPU if its data sheet is
+    known, else an H200. Default checkpoint: FLUX.1-schnell.
 
     Raises: UserError for an unknown machine or checkpoint, and for a call that could not run.
     """
-    where, peaks, why = _machine(args, machine, peaks)
+    where, peaks, why = _machine(args, machine)
     args = _settle(args, where)
     work, precision = work_of(args), precision_of(args)
     return "\n\n".join(
@@ -58,7 +51,7 @@ def explain(args, machine: str = "", peaks: Peaks | None = None) -> str:
     )
 
 
-def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]:
+def _machine(args, name: str) -> tuple[Machine, Peaks, str]:
     """Find the machine to explain for, its rates, and why it is this one."""
     if name:
         known = {key.lower(): card for key, card in CARDS.items()}
@@ -68,11 +61,7 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
             )
         card = known[name.lower()]
         return card.machine, card.peaks, "as named"
-    from utils.hardware import detect
-
-    here = detect(args.device)
-    if peaks is not None:
-        return here, peaks, "this machine, measured"
+    here = hardware.detect(args.device)
     if found := datasheet(here):
         return here, found, "this machine"
     card = CARDS["H200"]
@@ -81,17 +70,20 @@ def _machine(args, name: str, peaks: Peaks | None) -> tuple[Machine, Peaks, str]
 
 def _settle(args, machine: Machine):
     """Do for a call on another machine what utils/prepare.py does for a run on this one."""
-    from utils.checks import number_problems
-    from utils.prepare import fill_in, open_image
-    from utils.steps import fa3, quant, subpixel_upsampling
-
-    if problems := number_problems(args):
+    if problems := call_problems(args):
         raise UserError("\n".join(problems))
     args = copy.copy(args)
+    schedulers.settle(args)
     args.ckpt = args.ckpt or checkpoints.DEFAULT_CKPT["cuda"]
     published = args.ckpt in checkpoints.HUB_KINDS  # their configs are known: no need for the hub
     args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights or published)
+    acceleration.settle(args)
     fill_in(args)
+    if args.step_mask:
+        try:
+            step_mask.mask_of(args.step_mask, schedulers.evaluations(args))
+        except ValueError as error:
+            raise UserError(f"--step_mask {args.step_mask}: {error}") from None
     args.dtype = "torch.float32" if args.disable_bf16 else "torch.bfloat16"
     takes_image, size = args.checkpoint.defaults.takes_image, args.checkpoint.native_size
     args.pil_image = open_image(args) if takes_image else None
@@ -118,7 +110,7 @@ def _settle(args, machine: Machine):
     linear = on(filter=args.quant_filter, dtype=dtype)
     if off_by_flag or quant.lacking(machine, dtype):
         linear = off(f"no {dtype}")
-    text = on() if args.quant_text_encoder else off("no --quant_text_encoder")
+    text = on() if args.quant_text_encoder else not_given("--quant_text_encoder")
     if off_by_flag or quant.lacking(machine):
         text = off("no float8")
     args.plan = {"fa3": attention, "quant": linear, "text_quant": text}
@@ -127,8 +119,6 @@ def _settle(args, machine: Machine):
 
 
 def _head(args, work: Work, precision, peaks: Peaks, why: str) -> str:
-    from utils.random_weights import configs_of
-
     call, vae = work.call, configs_of(args.checkpoint)["vae"]
     tokens = str(image_tokens(vae, (call.height, call.width)))
     if call.reference:
@@ -166,10 +156,9 @@ def duration(seconds: float | None) -> str:
     """Write seconds with three digits in the unit that suits."""
     if not seconds:
         return "-"
-    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1 or unit == "us":
-            return f"{significant(seconds * factor)} {unit}"
-    return ""
+    units = (("s", 1), ("ms", 1e3))
+    unit, factor = next((u for u in units if seconds * u[1] >= 1), ("us", 1e6))
+    return f"{significant(seconds * factor)} {unit}"
 
 
 def amount(value: float) -> str:

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.prompts import count_images
 from utils.steps import import_problem, quant
 
 COPY = Path(__file__).resolve().parent.parent / ".peers" / "flux-fast"
@@ -106,26 +107,19 @@ def problem(args) -> str:
             return f"found {found}; pip install fa3-fwd==0.0.3, or --disable_fa3"
     if own["compile_export_mode"] != "export_aoti":
         return ""
-    wanted = {
-        "device": "cuda",
-        "height": 1024,
-        "width": 1024,
-        "max_sequence_length": TOKENS[args.checkpoint.kind],
-        "images": 1,
-        "dtype": "torch.bfloat16",
-        "native_size": 1024,
+    call = {  # name -> found, expected
+        "device": (args.machine.device, "cuda"),
+        "height": (args.height, 1024),
+        "width": (args.width, 1024),
+        "max_sequence_length": (args.max_sequence_length, TOKENS[args.checkpoint.kind]),
+        "images": (count_images(args), 1),
+        "dtype": (str(args.dtype), "torch.bfloat16"),
+        "native_size": (args.checkpoint.native_size, 1024),
     }
-    call = {name: getattr(args, name, None) for name in ("height", "width", "max_sequence_length")}
-    call |= {
-        "device": args.machine.device,
-        "images": len(args.prompt) * args.num_images_per_prompt,
-        "dtype": str(args.dtype),
-        "native_size": args.checkpoint.native_size,
-    }
-    for name, value in wanted.items():
-        if call[name] != value:
+    for name, (found, expected) in call.items():
+        if found != expected:
             return (
-                f"its export is written for {name} {value}, found {call[name]}; use "
+                f"its export is written for {name} {expected}, found {found}; use "
                 "--compile_export_mode compile"
             )
     if args.random_weights and args.quality_source == "bundled":

@@ -31,35 +31,25 @@ def add_flags(add) -> None:
 
 def problems(args) -> list[str]:
     """Refuse half of the pair, and scales that diffusers would leave out silently."""
-    return [*_guidance_problems(args), *_true_cfg_problems(args)]
-
-
-def _guidance_problems(args) -> list[str]:
-    scale = args.guidance_scale
-    if scale is None or 0 <= scale < math.inf:
-        return []
-    return [f"--guidance_scale {scale:g}: expected a finite number, 0 or more"]
-
-
-def _true_cfg_problems(args) -> list[str]:
-    scale, negative = args.true_cfg_scale, args.negative_prompt
+    distilled, scale, negative = args.guidance_scale, args.true_cfg_scale, args.negative_prompt
+    found = []
+    if distilled is not None and not 0 <= distilled < math.inf:
+        found.append(f"--guidance_scale {distilled:g}: expected a finite number, 0 or more")
     if scale is None and negative is not None:
-        return [
+        found.append(
             f"--negative_prompt {negative!r}: has no effect without --true_cfg_scale (such as 2; "
             f"{COST}); give both or neither"
-        ]
-    if scale is None:
-        return []
-    if negative is None:
-        return [
+        )
+    if scale is not None and negative is None:
+        found.append(
             f"--true_cfg_scale {scale:g}: has no effect without --negative_prompt (may be empty: "
             "''); give both or neither"
-        ]
-    if not 1 < scale < math.inf:
-        return [
+        )
+    elif scale is not None and not 1 < scale < math.inf:
+        found.append(
             f"--true_cfg_scale {scale:g}: expected a finite number above 1 (at 1 there is none)"
-        ]
-    return []
+        )
+    return found
 
 
 def call(args) -> dict:

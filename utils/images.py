@@ -1,16 +1,13 @@
 """Write pictures that say how they were made."""
 
-import contextlib
 import hashlib
-import io
 import json
-import os
 from pathlib import Path
 
 from PIL import Image
 
 from utils import card
-from utils.artifacts import write_atomically
+from utils.artifacts import replacing
 from utils.errors import UserError
 
 STRIP_EDGE = 256  # pixels of one picture in a strip
@@ -19,7 +16,6 @@ STRIP_EDGE = 256  # pixels of one picture in a strip
 def save_images(images: list, args, step_cache: dict | None = None, ending: str = "") -> list[Path]:
     """Write PNGs with how they were made in their metadata; several are numbered from 0.
 
-    Each is written under a temporary name and renamed, so that an interruption leaves no half file.
     `step_cache` tells which steps were computed and which reused (`reused_steps`); `ending` is put
     behind the name, and is the name of the LoRA that was swapped in.
     """
@@ -28,13 +24,8 @@ def save_images(images: list, args, step_cache: dict | None = None, ending: str 
     written = []
     for k, image in enumerate(images):
         path = target if len(images) == 1 else target.with_name(f"{target.stem}_{k}{target.suffix}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            image.save(temporary, format="PNG", pnginfo=_metadata(args, k, step_cache, ending))
-            temporary.replace(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+        with replacing(path) as new:
+            image.save(new, format="PNG", pnginfo=_metadata(args, k, step_cache, ending))
         written.append(path)
     return written
 
@@ -53,13 +44,12 @@ def write_strip(images: list, folder: Path) -> str:
     for image in small:
         strip.paste(image, (left, 0))
         left += image.width
-    content = io.BytesIO()
-    strip.save(content, format="PNG", optimize=True)
     digest = hashlib.sha256(strip.tobytes()).hexdigest()[:12]
     path = folder / f"{digest}.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())
+        with replacing(path) as new:
+            strip.save(new, format="PNG", optimize=True)
     except OSError as error:
         raise UserError(f"--pictures {folder}: cannot be written ({error.strerror})") from None
     return path.name

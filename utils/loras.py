@@ -9,10 +9,14 @@ layers, built without weights from its config, and whatever has no place is an e
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.checkpoints import NotFromHub, hub_file
 from utils.errors import UserError
+from utils.random_weights import configs_of
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # of a hub repository, as diffusers names it
 MAX_LISTED = 8  # names in one error
@@ -79,15 +83,12 @@ def locate(name: str) -> Path:
 
 
 def _from_hub(name: str, repo: str, file: str) -> Path:
-    from utils.checkpoints import hub_file
-
     try:
         return hub_file(repo, file)
-    except UserError as error:
-        why = str(error).removeprefix(f"--ckpt {repo}: ").partition("; ")[0]
+    except NotFromHub as error:
         raise UserError(
-            f"--lora {name}: no such file here, and {repo}/{file}: {why}; download that file and "
-            "give its path"
+            f"--lora {name}: no such file here, and {repo}/{file}: {error.why}; download that file "
+            "and give its path"
         ) from None
 
 
@@ -127,21 +128,20 @@ def read(lora: Lora) -> dict:
     return converted | (alphas or {})
 
 
-class _warnings:
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
     """Collect what diffusers' loaders warn of; at the usual log level they say nothing."""
-
-    def __enter__(self) -> list[str]:
-        found: list[str] = []
-        self.logger, self.handler = logging.getLogger("diffusers.loaders"), logging.Handler()
-        self.handler.emit = lambda record: found.append(record.getMessage())
-        self.level = self.logger.level
-        self.logger.addHandler(self.handler)
-        self.logger.setLevel(logging.WARNING)
-        return found
-
-    def __exit__(self, *_) -> None:
-        self.logger.removeHandler(self.handler)
-        self.logger.setLevel(self.level)
+    found: list[str] = []
+    logger, handler = logging.getLogger("diffusers.loaders"), logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def layers_of(checkpoint) -> dict[str, tuple[int, int]]:
@@ -151,8 +151,6 @@ def layers_of(checkpoint) -> dict[str, tuple[int, int]]:
     """
     import torch
     from diffusers import FluxTransformer2DModel
-
-    from utils.random_weights import configs_of
 
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(configs_of(checkpoint)["transformer"])

@@ -72,8 +72,8 @@ def load(path: str) -> MaskFile:
     return read
 
 
-def problem(found: MaskFile, args) -> str | None:
-    """Say for what else it was calibrated, or None if it holds for this run.
+def problem(found: MaskFile, args) -> str:
+    """Say for what else it was calibrated; "" if it holds for this run.
 
     `args`: a run whose call is settled (utils/prepare.py)
     """
@@ -87,4 +87,4 @@ def problem(found: MaskFile, args) -> str | None:
         )
     if found.identity != args.checkpoint.identity(args.cache_dir):
         return f"calibrated for other weights, those of {found.checkpoint} (--ckpt)"
-    return None
+    return ""

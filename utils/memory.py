@@ -1,5 +1,17 @@
 """Memory of a run, on the device and on the host: what is free, peaks and weights."""
 
+import re
+import resource
+
+
+def parse_size(text: str) -> int | None:
+    """Read 20GB, 1.5 GiB or a number of bytes; None if it is none of these. Units: bytes"""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?(?:(?:([kmgt])(i?))?b)?", text.lower())
+    if not found:
+        return None
+    number, letter, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter or " "))
+
 
 def free_bytes(device: str) -> int:
     """Ask the device, or on a CPU the system, for what is free now."""
@@ -22,8 +34,6 @@ def reset_peak_memory(device: str) -> None:
 
 def peak_memory(device: str) -> dict[str, float]:
     """Give the peaks since the last reset. Units: GiB; the host's since the process began."""
-    import resource
-
     peaks = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if device.startswith("cuda"):
         import torch

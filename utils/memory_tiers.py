@@ -10,7 +10,6 @@ GGUF         what decoding one matrix takes: 12 bytes a weight
 Compiled code needs less than eager, CUDA graphs a pool of their own, kernels workspaces: RESERVE.
 """
 
-import re
 from dataclasses import dataclass
 
 from utils.layers import WIDTH, Precision, total
@@ -49,28 +48,9 @@ class Estimate:
         return f"{self.gib:.2f}GiB ({listed})"
 
 
-def parse_size(text: str) -> int | None:
-    """Read 10GiB, 10GB or 512MiB; None if it is none of these. Units: bytes"""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text)
-    if not found:
-        return None
-    number, letter, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** (2 if letter == "M" else 3))
-
-
 def work_of(args, linear: str, text: str = "") -> Work:
     """List the run's layers before there is a plan; one step, since memory knows no steps."""
-    image = args.pil_image
-    prompts = len(args.prompt)
-    call = Call(
-        height=args.height,
-        width=args.width,
-        text_tokens=args.max_sequence_length,
-        steps=1,
-        prompts=prompts,
-        images=prompts * args.num_images_per_prompt,
-        reference=None if image is None else (image.height, image.width),
-    )
+    call = Call.of(args, args.max_sequence_length, steps=1)
     everything = linear if args.quant_filter == "all" else ""
     base = "fp32" if args.disable_bf16 else "bf16"
     precision = Precision(base, linear=linear, other=everything, text=text)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from utils.benchmark_utils import time_once
 from utils.hardware import Machine
 from utils.memory import free_bytes
 
@@ -42,15 +43,8 @@ class Card:
 
 
 def _card(
-    machine: Machine,
-    pattern: str,
-    bf16: float,
-    fp8: float | None,
-    tb_per_s: float,
-    source: str,
-    **others: float,
+    machine: Machine, pattern: str, tb_per_s: float, rates: dict[str, float], source: str
 ) -> Card:
-    rates = {"bf16": bf16} | ({"fp8": fp8} if fp8 else {}) | others
     return Card(machine, pattern, Peaks(machine.name, rates, tb_per_s, source))
 
 
@@ -61,80 +55,46 @@ def _nvidia(name: str, major: int, minor: int) -> Machine:
 # NVIDIA's newer sheets print rates with 2:4 sparsity: halved here, since FLUX.1 is dense.
 CARDS = {
     "H200": _card(
-        _nvidia("H200", 9, 0),
-        "NVIDIA H200",
-        989.5,
-        1979,
-        4.8,
+        _nvidia("H200", 9, 0), "NVIDIA H200",
+        4.8, {"bf16": 989.5, "fp8": 1979, "int8": 1979},
         "NVIDIA H200 data sheet, SXM (1,979 and 3,958 with sparsity)",
-        int8=1979,
     ),
     "H100": _card(
-        _nvidia("H100 80GB HBM3", 9, 0),
-        "NVIDIA H100 80GB HBM3",  # SXM; the PCIe and NVL cards are slower
-        989.5,
-        1979,
-        3.35,
+        _nvidia("H100 80GB HBM3", 9, 0), "NVIDIA H100 80GB HBM3",  # SXM; PCIe and NVL are slower
+        3.35, {"bf16": 989.5, "fp8": 1979, "int8": 1979},
         "NVIDIA H100 data sheet, SXM (1,979 and 3,958 with sparsity)",
-        int8=1979,
     ),
     "A100": _card(
-        _nvidia("A100-SXM4-80GB", 8, 0),
-        "NVIDIA A100-SXM4-80GB",
-        312,
-        None,
-        2.039,
+        _nvidia("A100-SXM4-80GB", 8, 0), "NVIDIA A100-SXM4-80GB",
+        2.039, {"bf16": 312, "int8": 624},
         "NVIDIA A100 data sheet, SXM 80 GB",
-        int8=624,
     ),
     "L20": _card(
-        _nvidia("L20", 8, 9),
-        "NVIDIA L20",
-        119.5,
-        239,
-        0.864,
+        _nvidia("L20", 8, 9), "NVIDIA L20",
+        0.864, {"bf16": 119.5, "fp8": 239, "int8": 239},
         "no public NVIDIA data sheet; vendors' specification of the L20 (PCIe, 48 GB)",
-        int8=239,
     ),
     "L40S": _card(
-        _nvidia("L40S", 8, 9),
-        "NVIDIA L40S",
-        362.05,
-        733,
-        0.864,
+        _nvidia("L40S", 8, 9), "NVIDIA L40S",
+        0.864, {"bf16": 362.05, "fp8": 733, "int8": 733},
         "NVIDIA L40S data sheet",
-        int8=733,
     ),
     "RTX 4090": _card(
-        _nvidia("GeForce RTX 4090", 8, 9),
-        "NVIDIA GeForce RTX 4090",  # neither "D" nor "Laptop GPU"
-        165.2,
-        330.3,
-        1.008,
+        _nvidia("GeForce RTX 4090", 8, 9), "NVIDIA GeForce RTX 4090",  # neither D nor Laptop GPU
+        1.008, {"bf16": 165.2, "fp8": 330.3, "int8": 660.6},
         "NVIDIA Ada GPU architecture white paper, appendix A (FP32 accumulation)",
-        int8=660.6,
     ),
     "B200": _card(
-        _nvidia("B200", 10, 0),
-        "NVIDIA B200",
-        2250,
-        4500,
-        8.0,
+        _nvidia("B200", 10, 0), "NVIDIA B200",
+        8.0, {"bf16": 2250, "fp8": 4500, "int8": 4500, "mxfp8": 4500, "nvfp4": 9000},
         "NVIDIA HGX B200 data sheet, one of 8 GPUs (4.5, 9 and 18 PFLOP/s with sparsity)",
-        int8=4500,
-        mxfp8=4500,
-        nvfp4=9000,
     ),
     "MI300X": _card(
-        Machine("cuda", "AMD Instinct MI300X", (9, 4), hip="7.0"),
-        "AMD Instinct MI300X( OAM)?",
-        1307.4,
-        2614.9,
-        5.3,
+        Machine("cuda", "AMD Instinct MI300X", (9, 4), hip="7.0"), "AMD Instinct MI300X( OAM)?",
+        5.3, {"bf16": 1307.4, "fp8": 2614.9, "int8": 2614.9},
         "AMD Instinct MI300X data sheet",
-        int8=2614.9,
     ),
-}
+}  # fmt: skip
 
 
 def datasheet(machine: Machine) -> Peaks | None:
@@ -218,23 +178,8 @@ def _copy_rate(device: str) -> tuple[float, int]:
 
 def _seconds(run: Callable[[], object], device: str) -> float:
     """Time one call: the shortest of several, after one that does not count."""
-    import torch
-
-    on_cuda = device.startswith("cuda")
     times, end = [], time.perf_counter() + LIMIT_S
     run()
-    for _ in range(10):
-        if on_cuda:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            run()
-            after.record()
-            after.synchronize()
-            times.append(before.elapsed_time(after) / 1e3)
-        else:
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        if time.perf_counter() > end:
-            break
+    while not times or (len(times) < 10 and time.perf_counter() <= end):
+        times.append(time_once(run, device))
     return min(times)

@@ -7,7 +7,7 @@ each, taking turns with `--rounds`.
 Source: https://huggingface.co/docs/diffusers/optimization/fp16 for the recipes of diffusers
 """
 
-from utils import flux_fast
+from utils import flux_fast, pipeline_utils
 from utils.errors import UserError
 from utils.steps import (
     Verdict,
@@ -48,13 +48,12 @@ def plan(args) -> dict[str, Verdict]:
 
     Raises: UserError if the peer cannot make this call.
     """
-    from utils.pipeline_utils import STEPS
-
     if problem := _problem(args):
         raise UserError(f"--peer {args.peer}: {problem}")
     args.modulation_once = False  # ours alone
     does = _flux_fast(args) if args.peer == "flux-fast" else _diffusers(args)
-    return {step.NAME: does.get(step.NAME, off(f"not in {args.peer}")) for step in STEPS}
+    steps = (step.NAME for step in pipeline_utils.STEPS)
+    return {name: does.get(name, off(f"not in {args.peer}")) for name in steps}
 
 
 def _diffusers(args) -> dict[str, Verdict]:
@@ -108,8 +107,6 @@ def about(args) -> dict:
 
 def optimize(pipeline, args):
     """Apply what a row is about: the peer's optimisations, or, without a peer, our steps."""
-    from utils import pipeline_utils
-
     if not getattr(args, "peer", None):
         return pipeline_utils.optimize(pipeline, args)
     if args.peer == "flux-fast":

@@ -6,7 +6,10 @@ pipeline = optimize(load_pipeline(args), args)
 images = generate(pipeline, args)
 """
 
+from utils import guidance, random_weights, schedulers
 from utils.errors import UserError
+from utils.prompts import count_images
+from utils.quiet import no_bars_without_terminal
 from utils.steps import (
     PARTS,
     cache_dit,
@@ -84,14 +87,9 @@ def load_pipeline(args, without: tuple[str, ...] = ()):
     """
     import diffusers
 
-    from utils import schedulers
-    from utils.quiet import no_bars_without_terminal
-
     no_bars_without_terminal()
     if args.checkpoint.random_weights:
-        from utils.random_weights import build
-
-        pipeline = build(args.checkpoint, args.dtype, args.load_device, args.seed)
+        pipeline = random_weights.build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
         from safetensors import SafetensorError
 
@@ -135,9 +133,7 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
     """
     import torch
 
-    from utils import guidance, schedulers
-
-    count = len(args.prompt) * args.num_images_per_prompt
+    seeds = range(args.seed, args.seed + count_images(args))
     call = {
         "prompt": args.prompt,
         "height": args.height,
@@ -145,7 +141,7 @@ def generate(pipeline, args, num_inference_steps: int | None = None, output_type
         "num_inference_steps": num_inference_steps or args.num_inference_steps,
         "max_sequence_length": args.max_sequence_length,
         "num_images_per_prompt": args.num_images_per_prompt,
-        "generator": [torch.Generator("cpu").manual_seed(args.seed + k) for k in range(count)],
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "output_type": output_type,
         **guidance.call(args),
         **schedulers.call(args),

@@ -7,8 +7,22 @@ Every problem that is found is reported, one line each.
 import time
 from pathlib import Path
 
-from utils import acceleration, card, checkpoints, checks, guidance, schedulers
+from utils import (
+    acceleration,
+    card,
+    checkpoints,
+    checks,
+    guidance,
+    hardware,
+    peers,
+    pipeline_utils,
+    schedulers,
+)
+from utils.benchmark_utils import set_rand_seeds
 from utils.errors import UserError
+from utils.prompts import report_cut_prompts
+from utils.random_weights import weights_gib
+from utils.steps import compile, gguf, memory, quant
 
 # Kontext's picture over the checkpoint's own area: its tokens join those of the image in every step
 MAX_REFERENCE_AREA = 4
@@ -24,12 +38,7 @@ def prepare(args) -> None:
     settle_call(args)
     if args.random_weights and args.load_device == args.device:
         _check_room(args)
-    if getattr(args, "peer", None):
-        from utils import peers
-
-        args.plan = peers.plan(args)
-    else:
-        args.plan = _plan(args)
+    args.plan = peers.plan(args) if getattr(args, "peer", None) else _plan(args)
 
 
 def settle_call(args) -> None:
@@ -41,19 +50,16 @@ def settle_call(args) -> None:
     Raises: UserError with one line per problem.
     """
     args.started = card.started()
-    problems = [*checks.number_problems(args), *checks.path_problems(args)]
-    problems += [*guidance.problems(args), *schedulers.problems(args)]
-    if problems:
+    if problems := [*call_problems(args), *checks.path_problems(args)]:
         raise UserError("\n".join(problems))
+    schedulers.settle(args)
     args.ckpt_is_default = args.ckpt is None
     if not args.ckpt_is_default:
         args.checkpoint = checkpoints.resolve(args.ckpt, args.random_weights)
 
     import torch
 
-    from utils.hardware import detect
-
-    args.machine = detect(args.device)
+    args.machine = hardware.detect(args.device)
     args.device = args.device or args.machine.device
     if args.ckpt_is_default:
         args.ckpt = checkpoints.DEFAULT_CKPT[args.machine.device]
@@ -61,10 +67,15 @@ def settle_call(args) -> None:
     acceleration.settle(args)
     fill_in(args)
     args.dtype = torch.float32 if args.disable_bf16 else torch.bfloat16
-    if problems := _call_problems(args):
+    if problems := _kind_problems(args):
         raise UserError("\n".join(problems))
     args.pil_image = open_image(args)
     _settle_mode(args)
+
+
+def call_problems(args) -> list[str]:
+    """Say what is wrong with a call whatever the checkpoint: one line a problem."""
+    return [*checks.number_problems(args), *guidance.problems(args), *schedulers.problems(args)]
 
 
 def announce_and_load(args, without: tuple[str, ...] = ()) -> tuple:
@@ -72,14 +83,10 @@ def announce_and_load(args, without: tuple[str, ...] = ()) -> tuple:
 
     Returns: the pipeline, untouched by any step, and the seconds that loading took.
     """
-    from utils.benchmark_utils import set_rand_seeds
-    from utils.pipeline_utils import load_pipeline
-    from utils.prompts import report_cut_prompts
-
     print(card.render(args), flush=True)
     set_rand_seeds(args.seed)
     start = time.perf_counter()
-    pipeline = load_pipeline(args, without)
+    pipeline = pipeline_utils.load_pipeline(args, without)
     load_s = time.perf_counter() - start
     report_cut_prompts(pipeline, args)
     return pipeline, load_s
@@ -99,8 +106,6 @@ def fill_in(args) -> None:
 
 def _settle_mode(args) -> None:
     """Choose the memory tier, and with it the default of the compile mode."""
-    from utils.steps import compile, gguf, memory, quant
-
     typed_scope = args.compile_scope
     args.compile_scope = typed_scope or ("blocks" if args.cache_dit_config else "full")
     memory.settle(args)
@@ -119,7 +124,7 @@ def _settle_mode(args) -> None:
         args.mode_reason = f"{args.mode_reason}; {without}" if args.mode_reason else without
 
 
-def _call_problems(args) -> list[str]:
+def _kind_problems(args) -> list[str]:
     problems = []
     kind = args.checkpoint.defaults
     if args.checkpoint.kind == "fill" and not getattr(args, "mask", None):
@@ -207,8 +212,6 @@ def read_picture(flag: str, path: str):
 
 def _check_room(args) -> None:
     """Refuse to build more weights than the device has memory, before it is filled."""
-    from utils.random_weights import weights_gib
-
     needed, found = weights_gib(args.checkpoint, args.dtype), args.machine.memory_gib
     if needed > found:
         raise UserError(
@@ -220,9 +223,7 @@ def _check_room(args) -> None:
 
 def ask_steps(args) -> dict:
     """Ask every step for its verdict on a settled call, by name and in order."""
-    from utils.pipeline_utils import STEPS
-
-    return {step.NAME: step.check(args) for step in STEPS}
+    return {step.NAME: step.check(args) for step in pipeline_utils.STEPS}
 
 
 def _plan(args) -> dict:

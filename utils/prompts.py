@@ -1,4 +1,4 @@
-"""The prompts that quality is measured on, and what the text encoders do not get to see."""
+"""The prompts of a call, those that quality is measured on, and what no encoder gets to see."""
 
 import sys
 
@@ -45,6 +45,11 @@ QUALITY = {  # what the checkpoint understands -> eight prompts
     ),
 }
 PER_KIND = 8  # prompts of each
+
+
+def count_images(args) -> int:
+    """Count the pictures of a call."""
+    return len(args.prompt) * args.num_images_per_prompt
 
 
 def quality_prompts(args) -> list[str]:

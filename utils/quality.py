@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from utils.errors import UserError
+from utils.prompts import count_images
 
 LOSSLESS_FACTOR = 1.25  # a lossless row's error against fp32, at most, over bf16 eager's own
 
@@ -34,7 +35,7 @@ def run(pipeline, args, prompts: list[str] | None = None) -> Result:
         return _run_once(pipeline, args)
     import torch
 
-    batch, parts = len(args.prompt) * args.num_images_per_prompt, []
+    batch, parts = count_images(args), []
     for at in range(0, len(prompts), batch):
         part = copy.copy(args)
         part.prompt = [prompts[(at + i) % len(prompts)] for i in range(batch)]

@@ -7,6 +7,12 @@ the same machine show on it what they do to a picture. The row keeps both.
 
 import copy
 
+from utils import peers, quality, reference
+from utils.checkpoints import BUNDLED_DIR
+from utils.prepare import prepare
+from utils.progress import say
+from utils.prompts import quality_prompts
+
 OWN = ("prompt", "height", "width", "image")  # fit the full-size checkpoint alone
 
 
@@ -16,12 +22,7 @@ def measure(args) -> dict:
     Returns: scores as `reference.scores` gives them, with `quality_source` saying whose they are.
     Raises: RuntimeError for a broken picture.
     """
-    from utils import peers, quality, reference
-    from utils.checkpoints import BUNDLED_DIR
     from utils.pipeline_utils import load_pipeline
-    from utils.prepare import prepare
-    from utils.progress import say
-    from utils.prompts import quality_prompts
 
     small = copy.copy(args)
     small.ckpt, small.random_weights = f"tiny-{args.checkpoint.kind}", False

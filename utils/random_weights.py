@@ -14,6 +14,7 @@ Source: Yang et al. 2025, arXiv:2508.03485, for FLUX.1's "salient outliers ... c
 specific channels"; how many and how far is our choice (OUTLIERS).
 """
 
+import json
 from pathlib import Path
 
 from utils import checkpoints
@@ -104,12 +105,10 @@ def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
         }
         smaller = MID if checkpoint.name == checkpoints.MID else {}
         return {part: config | smaller.get(part, {}) for part, config in published.items()}
-    import json
-
     names = {"scheduler": "scheduler_config.json"}
     return {
         part: json.loads((checkpoint.path / part / names.get(part, "config.json")).read_text())
-        for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
+        for part in (*PARTS, "scheduler")
     }
 
 
@@ -224,9 +223,11 @@ def _fill(module, generator) -> None:
                 else:
                     parameter.fill_(1.0)
                 continue
-            std = (parameter[0].numel()) ** -0.5
-            if "embed" in name or "shared" in name or "relative_attention_bias" in name:
-                std = 1.0 if "shared" in name else 0.02 if "position" in name else std
+            std = parameter[0].numel() ** -0.5
+            if "shared" in name:  # T5's embedding
+                std = 1.0
+            elif "position_embedding" in name:  # CLIP's
+                std = 0.02
             if name.endswith("SelfAttention.q.weight"):
                 std *= 64**-0.5
             if ".norm" in name and name.endswith("linear.weight"):

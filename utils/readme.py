@@ -1,21 +1,26 @@
 """Write the README's tables from what they describe: python -m utils.readme
 
-That of starts is in docs/packages.md, all that was measured in results/README.md. Each stands
-between `<!-- NAME -->` and `<!-- /NAME -->`; a test fails when one is out of date.
+That of starts is in docs/packages.md, of GGUF files in docs/memory.md, all that was measured in
+results/README.md. Each stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test fails when one
+is out of date.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
-from utils import gguf_table, startup
+from utils import startup
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
 from utils.report import TABLES, fill, measured, summed_up
+from utils.report_rows import get, read
+from utils.report_table import piped
+from utils.steps import compile, fa3, quant
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PACKAGES = README.parent / "docs" / "packages.md"
 MEMORY = README.parent / "docs" / "memory.md"
+GGUF = README.parent / "results" / "gguf" / "tiny-schnell.jsonl"
 MACHINES = {  # what `hardware.detect` finds there; tests go through it
     "H100, H200": Machine("cuda", "NVIDIA H200", (9, 0)),
     "L20, L40S, RTX 4090": Machine("cuda", "NVIDIA L40S", (8, 9)),
@@ -29,11 +34,6 @@ MACHINES = {  # what `hardware.detect` finds there; tests go through it
 }
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def steps() -> str:
     """List the steps in their order: what each does, and the flags that turn and tune it."""
     rows = []
@@ -41,7 +41,7 @@ def steps() -> str:
         step.add_flags(_Recorder(flags := []))
         first = " ".join(step.__doc__.split("\n\n")[0].split())
         rows.append((f"`{step.NAME}`", first.rstrip("."), " ".join(f"`{f}`" for f in flags)))
-    return table(("step", "what it does", "flags"), rows)
+    return piped(("step", "what it does", "flags"), rows)
 
 
 class _Recorder:
@@ -61,8 +61,6 @@ def choices(machine: Machine) -> tuple[str, ...]:
     numbers may be named, compile mode, shapes.
     """
     import torch
-
-    from utils.steps import compile, fa3, quant
 
     attention = fa3.choose(machine, torch.bfloat16, probe=lambda backend, fp8: (backend, ""))
     backend = attention.settings["backend"]
@@ -98,12 +96,33 @@ def hardware() -> str:
         *("machine", "attention (`fa3`)", "`--attention_backend`", "linear (`quant`)"),
         *("`--quant_dtype`", "default mode", "compiled shapes"),
     )
-    return table(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
+    return piped(header, [(name, *choices(machine)) for name, machine in MACHINES.items()])
+
+
+def gguf() -> str:
+    """List what each type and mode of a GGUF takes and gives, against the checkpoint in eager."""
+    found = []
+    for row in read(GGUF):
+        about = get(row, "steps", "gguf", "settings") or {"types": "-", "mode": "the checkpoint"}
+        scores, total = row["quality"], row["total_s"]
+        found.append(
+            (
+                about["types"],
+                about["mode"],
+                f"{get(row, 'memory_gib', 'weights'):.3f}",
+                f"{get(row, 'memory_gib', 'host_peak'):.2f}",
+                f"{scores['psnr_db_mean']:.1f} (worst {scores['psnr_db_worst']:.1f})",
+                f"{scores['latents_relative_l2']:.4f}",
+                f"{total['median']:.2f} ({total['min']:.2f}-{total['max']:.2f})",
+            )
+        )
+    header = ("matrices", "mode", "weights GiB", "host peak GiB", "PSNR dB", "latents' error")
+    return piped((*header, "s per call"), found)
 
 
 SECTIONS = {"steps": steps, "hardware": hardware, "measured": summed_up}
 STARTS = {"starts": startup.measured}
-FILES = {"gguf": gguf_table.rows}
+FILES = {"gguf": gguf}
 ROWS = {"measured": measured}
 
 

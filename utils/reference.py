@@ -13,10 +13,14 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils import quality
+from utils import card, quality
+from utils.artifacts import open_cache, write_atomically
 from utils.errors import UserError
+from utils.memory import parse_size
+from utils.memory_tiers import GIB, estimate
 from utils.progress import say
-from utils.steps import lora
+from utils.prompts import count_images
+from utils.steps import lora, memory
 
 FORMAT = 2
 OTHER_SEED = 1000  # added to the seed; no row reaches that many images
@@ -31,8 +35,6 @@ def load_or_make(pipeline, args, prompts: list[str], with_fp32: bool) -> tuple[d
     Returns: {"eager": Result, "fp32": Result or None, "other_seed_psnr_db": float}, and its file.
     """
     import torch
-
-    from utils.artifacts import open_cache
 
     identity = identity_of(args, prompts, with_fp32)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -83,9 +85,6 @@ def check_room(args) -> None:
 
     Raises: UserError if it does not; weights that wait on the host leave it room.
     """
-    from utils.memory_tiers import GIB, estimate, parse_size
-    from utils.steps import memory
-
     exact = copy.copy(args)
     exact.disable_bf16 = True
     needed = estimate(args, "full").weights / GIB + estimate(exact, "full").gib
@@ -101,8 +100,6 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
     """Collect all that decides the pictures of plain diffusers."""
     import torch
 
-    from utils import card
-
     call, versions = card.call(args), card.versions()
     image = None
     if args.pil_image is not None:
@@ -116,7 +113,7 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
         "kind": args.checkpoint.kind,
         "prompts": prompts,
         "image": image,
-        "batch": len(args.prompt) * args.num_images_per_prompt,
+        "batch": count_images(args),
         "call": {key: value for key, value in call.items() if key not in ("prompt", "ckpt")},
         "with_fp32": with_fp32,
         "device": args.machine.name,
@@ -128,7 +125,6 @@ def identity_of(args, prompts: list[str], with_fp32: bool) -> dict:
 def _load_plain(args, dtype):
     """Load the checkpoint once more, with its own weights."""
     from utils.pipeline_utils import load_pipeline
-    from utils.steps import memory
 
     plain = copy.copy(args)
     plain.dtype, plain.gguf_file = dtype, None
@@ -143,8 +139,6 @@ def _save(path: Path, identity: dict, made: dict) -> None:
     import numpy as np
     import torch
     from safetensors.torch import save
-
-    from utils.artifacts import write_atomically
 
     tensors = {}
     for name in ("eager", "fp32"):

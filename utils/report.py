@@ -5,18 +5,18 @@ flags it renders the committed results: a line per ladder into the README, every
 results/README.md, plots and page beside the results.
 """
 
-import os
 import re
 from pathlib import Path
 
 from utils import report_plot
+from utils.artifacts import replacing
 from utils.benchmark_utils import Parser
 from utils.errors import UserError, run_script
 from utils.report_page import page
 from utils.report_rows import ROOT, device, distinct, name, read
 from utils.report_series import Series, series_of
 from utils.report_summary import summary
-from utils.report_table import LEGEND, Code, Table, notes, table, title
+from utils.report_table import LEGEND, Code, Table, notes, piped, table, title
 
 README, RESULTS = ROOT / "README.md", ROOT / "results"
 TABLES = RESULTS / "README.md"
@@ -54,8 +54,7 @@ def markdown_table(content: Table) -> str:
         [_code(cell) if isinstance(cell, Code) else markdown_text(cell) for cell in row]
         for row in content.rows
     ]
-    lines = [content.header, ["---"] * len(content.header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return piped(content.header, rows)
 
 
 def _commands(series: Series) -> str:
@@ -133,18 +132,14 @@ def summed_up() -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that no half file is ever seen.
+    """Write a file, whole or not at all.
 
     Raises: UserError if the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as new:
+            new.write_bytes(content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 

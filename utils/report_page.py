@@ -94,7 +94,8 @@ def _roofline(series: Series) -> str:
     for row, stages in rows:
         first = f'<th scope="row" rowspan="{len(stages)}">{escape(row)}</th>'
         for stage in stages:
-            cells = "".join(f"<td>{_bar(c) if is_share(c) else escape(c)}</td>" for c in stage)
+            texts = (escape(c) if isinstance(c, str) else _bar(c) for c in stage)  # LIMIT's: a bar
+            cells = "".join(f"<td>{text}</td>" for text in texts)
             lines.append(f"<tr>{first}{cells}</tr>")
             first = ""
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
@@ -102,11 +103,6 @@ def _roofline(series: Series) -> str:
     content = _scrolling(f"<table>{body}</table>", "stages")
     opened = " open" if LIMIT in header else ""
     return f"<details{opened}><summary>{said}</summary>{content}</details>"
-
-
-def is_share(cell: str | float | None) -> bool:
-    """Whether a cell of a stage is LIMIT's."""
-    return not isinstance(cell, str)
 
 
 def _bar(share: float | None) -> str:

@@ -13,17 +13,12 @@ from utils.report_rows import get, name
 KINDS = ("ladder", "leave_one_out", "peers")
 
 
-def images_per_call(row: dict) -> int:
-    """Count the pictures of one call."""
-    prompts = get(row, "call", "prompt") or [""]
-    return int(len(prompts) * (get(row, "call", "num_images_per_prompt") or 1))
-
-
 def call_text(row: dict) -> str:
     """Describe the call of a row, as far as it decides the time."""
     if not (call := row.get("call")):
         return "unknown call"
-    count, steps = images_per_call(row), call.get("num_inference_steps")
+    count = int(len(call.get("prompt") or [""]) * (call.get("num_images_per_prompt") or 1))
+    steps = call.get("num_inference_steps")
     parts = [
         call.get("ckpt") or "?",
         f"{call['width']:g}x{call['height']:g}" if call.get("width") and call.get("height") else "",

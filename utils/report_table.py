@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from utils.compare import is_identical, judge
@@ -34,6 +34,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
+def piped(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """Set cells of Markdown between pipes."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def significant(value: float, like: float | None = None) -> str:
     """Write 0.035287 as 0.0353 and 123.4 as 123; with the decimals that `like` would get."""
     like = abs(value if like is None else like)
@@ -62,11 +68,9 @@ def spread(times: dict | None, unit: float = 1.0, with_n: bool = True) -> str:
 
 
 def seconds(row: dict) -> str:
-    return (
-        f"failed: {' '.join(row['failed'].split())}"
-        if row.get("failed")
-        else spread(row["total_s"])
-    )
+    if failed := row.get("failed"):
+        return f"failed: {' '.join(failed.split())}"
+    return spread(row["total_s"])
 
 
 def ratio(row: dict, base: dict | None) -> float | None:
@@ -81,14 +85,11 @@ def _worth(row: dict, base: dict | None) -> str:
     if base is None or row is base or ratio(row, base) is None:
         return MISSING
     with_it, without = base["total_s"]["median"], row["total_s"]["median"]
-    text = f"{without - with_it:+.{_decimals(with_it)}f} s, {without / with_it:.2f}x"
+    decimals = len(significant(with_it).partition(".")[2])
+    text = f"{without - with_it:+.{decimals}f} s, {without / with_it:.2f}x"
     verdict = judge(samples(base), samples(row)).verdict
     notes = {"unchanged": " (within the spread)", "cannot tell": " (too few runs to tell)"}
     return text + notes.get(verdict, "")
-
-
-def _decimals(value: float) -> int:
-    return len(significant(value).partition(".")[2])
 
 
 def psnr(row: dict) -> str:
@@ -192,7 +193,7 @@ def table(series: Series) -> Table:
 
 
 def _single(series: Series) -> Table:
-    """Keep single runs as they have always been shown: their command names them."""
+    """Give single runs columns of their own: their command names them, none is another's base."""
 
     def worst_psnr(row: dict) -> str:
         worst = get(row, "quality", "psnr_db_worst")

@@ -14,6 +14,10 @@ from dataclasses import replace
 
 from utils.layers import Layer, Precision, products, total
 from utils.peaks import Peaks
+from utils.random_weights import configs_of
+from utils.schedulers import evaluations
+from utils.steps.quant import precision
+from utils.steps.step_mask import mask_of
 from utils.work import STAGES, Call, Work, count
 
 
@@ -110,8 +114,6 @@ def _row(parts: list[tuple[int, list]], peaks: Peaks | None, seconds: float | No
 
 def precision_of(args) -> Precision:
     """Tell from the plan what runs in which dtype."""
-    from utils.steps.quant import precision
-
     quant, fa3, text = (args.plan[name] for name in ("quant", "fa3", "text_quant"))
     linear = precision(quant)
     attention = fa3.settings["dtype"] if fa3.is_on else ""
@@ -126,18 +128,11 @@ def precision_of(args) -> Precision:
 
 def call_of(args) -> Call:
     """Collect the shapes of the run's call; steps that a mask predicts are no work."""
-    from utils.schedulers import evaluations
-    from utils.steps.step_mask import mask_of
-
-    prompts, image, steps = len(args.prompt), args.pil_image, evaluations(args)
-    return Call(
-        height=args.height,
-        width=args.width,
-        text_tokens=args.text_tokens,
+    steps = evaluations(args)
+    return Call.of(
+        args,
+        args.text_tokens,
         steps=sum(mask_of(args.step_mask, steps)) if args.step_mask else steps,
-        prompts=prompts,
-        images=prompts * args.num_images_per_prompt,
-        reference=None if image is None else (image.height, image.width),
         modulation_once=args.modulation_once,
         subpixel_upsampling=args.plan["subpixel_upsampling"].is_on,
         true_cfg=args.true_cfg_scale is not None,
@@ -146,6 +141,4 @@ def call_of(args) -> Call:
 
 def work_of(args) -> Work:
     """List the work of the run that `args` describes (after utils/prepare.py), without weights."""
-    from utils.random_weights import configs_of
-
     return count(configs_of(args.checkpoint), call_of(args), precision_of(args))

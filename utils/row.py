@@ -6,9 +6,16 @@ exporting or recording inside one of them is an error.
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
+
+from utils import card, peaks, peers, quality, quality_source, reference, roofline
+from utils.artifacts import replacing
+from utils.benchmark_utils import Spread, StageClock, annotate_pipeline, measure
+from utils.memory import add_graphs, peak_memory, reset_peak_memory, weights_gib
+from utils.prepare import announce_and_load, prepare
+from utils.prompts import quality_prompts
+from utils.report_rows import OF_LOOP, get
 
 FORMAT = 2
 
@@ -20,12 +27,8 @@ def measure_row(args) -> tuple[dict, object, object]:
     Raises: UserError if fp32 is wanted and has no room beside the run's own weights; RuntimeError
         for a broken picture, a recompilation, or a row that is called lossless and is not.
     """
-    from utils import card, cudagraph, peaks, peers, quality, quality_source, reference, roofline
-    from utils.benchmark_utils import StageClock, annotate_pipeline, measure
-    from utils.memory import add_graphs, peak_memory, reset_peak_memory, weights_gib
+    from utils import cudagraph
     from utils.pipeline_utils import generate, reused_steps
-    from utils.prepare import announce_and_load, prepare
-    from utils.prompts import quality_prompts
 
     prepare(args)
     with_fp32 = args.fp32_reference or args.checkpoint.source == "bundled"
@@ -124,7 +127,6 @@ def stage_seconds(regions: list[dict[str, list[float]]], steps: int) -> dict:
     CFG two of either), every other stage per call. `image_encoding` is Kontext's alone. Of a loop
     that is one graph (step `loop_graph`) a step is the loop over `steps`.
     """
-    from utils.benchmark_utils import Spread
 
     def spread(title):
         return Spread(tuple(s for run in regions for s in run.get(title, ())))
@@ -144,9 +146,6 @@ def stage_seconds(regions: list[dict[str, list[float]]], steps: int) -> dict:
 
 def render(row: dict) -> str:
     """Write a row for people: seconds of every stage, memory, quality."""
-    from utils import card
-    from utils.benchmark_utils import Spread
-    from utils.report_rows import OF_LOOP, get
 
     def spread(title):
         return Spread(tuple(row["stages_s"][title]["samples"]))
@@ -238,14 +237,10 @@ def outliers(total) -> list[str]:
 
 
 def write_trace(path: Path, run) -> None:
-    """Profile one run and write its Chrome trace under a temporary name first."""
+    """Profile one run and write its Chrome trace, zipped if the name says so."""
     import torch
 
     with torch.profiler.profile() as profile:
         run()
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix decides about gzip
-    try:
-        profile.export_chrome_trace(str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as new:
+        profile.export_chrome_trace(str(new))

@@ -15,9 +15,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from utils import card, quality, reference, schedulers
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError, run_script
+from utils.prepare import prepare
+from utils.prompts import quality_prompts
 from utils.quiet import quiet_libraries
+from utils.report import fill, write
+from utils.report_table import piped
 from utils.schedulers import SOLVERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +41,7 @@ def measure(argv: list[str], steps: tuple[int, ...]) -> dict:
 
     Returns: the command, the call, the environment and a row for each
     """
-    from utils import card, quality, reference, schedulers
     from utils.pipeline_utils import load_pipeline
-    from utils.prepare import prepare
-    from utils.prompts import quality_prompts
 
     args = parser().parse_args(argv)
     prepare(args)
@@ -91,9 +93,7 @@ def measure(argv: list[str], steps: tuple[int, ...]) -> dict:
 
 def table(found: dict) -> str:
     """Write the rows as Markdown: a line a solver and schedule, a column a number of steps."""
-    steps = sorted({row["steps"] for row in found["rows"]})
-    lines = ["| scheduler | sigmas | " + " | ".join(f"{n} steps" for n in steps) + " |"]
-    lines.append("| --- | --- |" + " --- |" * len(steps))
+    steps, lines = sorted({row["steps"] for row in found["rows"]}), []
     for name, sigmas in points():
         cells = []
         for count in steps:
@@ -108,8 +108,8 @@ def table(found: dict) -> str:
             if row["checker_right"] is not None:
                 cell += f", {100 * row['checker_right']:.0f} %"
             cells.append(cell)
-        lines.append(f"| {name} | {sigmas} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append((name, sigmas, *cells))
+    return piped(("scheduler", "sigmas", *(f"{n} steps" for n in steps)), lines)
 
 
 def parser():
@@ -135,17 +135,14 @@ def main() -> None:
     if args.scheduler or args.sigmas or args.true_cfg_scale or args.lora:
         raise UserError("--scheduler, --sigmas, --true_cfg_scale, --lora: the sweep is without")
     quiet_libraries()
-    from utils.artifacts import write_atomically
-    from utils.report import fill
-
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = measure(argv, STEPS)
-    write_atomically(path, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    write(path, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     print(table(found))
     if path.resolve() == ROOT / "results" / "schedulers" / "tiny-dev.json":
         text = fill(DOCS.read_text(), "schedulers", table(found), DOCS.name)
-        write_atomically(DOCS, text.encode())
+        write(DOCS, text.encode())
 
 
 if __name__ == "__main__":

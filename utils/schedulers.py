@@ -70,7 +70,7 @@ def written(args) -> list[float] | None:
 
 
 def problems(args) -> list[str]:
-    """Refuse sigmas that the solver cannot take; fill in the number of steps of a list."""
+    """Refuse sigmas that the solver cannot take."""
     name, text = args.scheduler or "euler", args.sigmas
     if text is None:
         return []
@@ -94,8 +94,13 @@ def problems(args) -> list[str]:
         ]
     if args.num_inference_steps not in (None, len(values)):
         return [f"--num_inference_steps {args.num_inference_steps}: --sigmas has {len(values)}"]
-    args.num_inference_steps = len(values)
     return []
+
+
+def settle(args) -> None:
+    """Take a step for each of the sigmas that are written out."""
+    if values := written(args):
+        args.num_inference_steps = len(values)
 
 
 def loop_problem(args) -> str:

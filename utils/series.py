@@ -9,11 +9,16 @@ rows take turns (A B C A B C), so that a machine that drifts favours none.
 
 import copy
 import json
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from utils import card, hardware, peers
+from utils.benchmark_utils import create_parser
 from utils.errors import UserError
+from utils.pipeline_utils import STEPS
+from utils.prepare import prepare, settle_call
 from utils.report_rows import get, read
 from utils.results import append
 from utils.row_process import SCRIPT, is_refused, run_row, summary
@@ -38,8 +43,6 @@ class Row:
 
 def toggles(args) -> list[str]:
     """List the steps that have a --disable_ flag, in their order."""
-    from utils.pipeline_utils import STEPS
-
     return [step.NAME for step in STEPS if hasattr(args, f"disable_{step.NAME}")]
 
 
@@ -100,9 +103,7 @@ def leave_one_out(args) -> list[Row]:
 
 def peer_rows(args) -> list[Row]:
     """List our own run as it was typed, then every peer on the same call."""
-    from utils.peers import PEERS
-
-    return [Row("ours", ()), *(Row(f"peer:{p}", ("--peer", p), peer=p) for p in PEERS)]
+    return [Row("ours", ()), *(Row(f"peer:{p}", ("--peer", p), peer=p) for p in peers.PEERS)]
 
 
 def choose(rows: list[Row], wanted: str | None) -> list[Row]:
@@ -146,9 +147,6 @@ def run_series(args, argv: list[str]) -> int:
     Raises: UserError for bad input of any kind, before the first row; KeyboardInterrupt saying
         where the rows so far are.
     """
-    from utils import card
-    from utils.prepare import settle_call
-
     name = args.series
     listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": peer_rows}[name](args)
     rows = choose(listed, args.rows)
@@ -213,9 +211,7 @@ def results_path(args) -> Path:
     """Name the results file: --results, or results/<machine>.jsonl."""
     if args.results:
         return Path(args.results)
-    from utils.hardware import detect
-
-    machine = detect(args.device)
+    machine = hardware.detect(args.device)
     words = "".join(c if c.isalnum() else " " for c in machine.name.lower()).split()
     skipped = ("nvidia", "amd", "instinct", "geforce", "r", "tm", "intel", "processor", "cpu")
     return SCRIPT.parent / "results" / ("-".join(w for w in words if w not in skipped) + ".jsonl")
@@ -225,12 +221,7 @@ def state(row: Row, common: list[str]) -> str:
     """Say why a row says nothing new here: its step is unavailable or refused; "" if it runs."""
     if row.step is None and row.peer is None:
         return ""
-    from utils.benchmark_utils import create_parser
-    from utils.prepare import prepare
-
     if row.peer:
-        from utils import hardware, peers
-
         machine = hardware.detect(create_parser().parse_known_args(common)[0].device)
         lacking = peers.lacking(row.peer, machine)
         return f"unavailable: {lacking}" if lacking else ""
@@ -247,8 +238,6 @@ def state(row: Row, common: list[str]) -> str:
 
 
 def _command(words: list[str]) -> str:
-    import shlex
-
     return shlex.join(["python", SCRIPT.name, *words])
 
 
@@ -258,8 +247,6 @@ def _finished(path: Path, turn: int) -> dict[str, list[dict]]:
     By as many threads: on a CPU others are another session, to which no ratio would be given.
     """
     import torch
-
-    from utils import card
 
     now, found = card.commit(), {}
     if now.endswith("-dirty") or not path.exists():

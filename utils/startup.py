@@ -23,9 +23,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from utils.benchmark_utils import create_parser
+from utils import card, results, series
+from utils.benchmark_utils import create_parser, synchronize
 from utils.errors import UserError, run_script
+from utils.memory import peak_memory
+from utils.prepare import announce_and_load, prepare
 from utils.quiet import quiet_libraries
+from utils.report_table import piped
 
 FORMAT = 1
 STARTED = "FLUX_BENCH_STARTED"  # when the parent asked for this process, by the monotonic clock
@@ -34,6 +38,7 @@ STARTS = {"disabled": ("--compile_export_mode", "disabled")} | {
     for mode in ("compile", "export_aoti")
     for scope in ("full", "blocks")
 }
+OWN_FLAGS = {"--starts": 1, "--results": 1, "--cache-dir": 1}  # not those of each start
 STARTUP = Path(__file__).resolve().parent.parent / "results" / "startup"
 HEADER = (
     "start", "", "first image, s", "image {n}, s", "an image, s", "optimize, s", "CPU, s",
@@ -46,11 +51,7 @@ def start_once(args) -> dict:
 
     Returns: the row. Units: seconds since the process was asked for
     """
-    from utils import card
-    from utils.benchmark_utils import synchronize
-    from utils.memory import peak_memory
     from utils.pipeline_utils import generate, optimize
-    from utils.prepare import announce_and_load, prepare
 
     asked = float(os.environ[STARTED])
     prepare(args)
@@ -110,8 +111,6 @@ def _cpu_seconds() -> float:
 
 def table(rows: list[dict]) -> str:
     """Render rows as Markdown."""
-    from utils.readme import table as markdown
-
     cells = []
     for row in rows:
         memory = row["memory_gib"]
@@ -124,7 +123,7 @@ def table(rows: list[dict]) -> str:
         ends = (f"{times[0]:.1f}", f"{times[-1]:.1f}", seconds)
         cells.append((row["start"], row["state"], *ends, *words, f"{peak:.2f}"))
     header = tuple(cell.format(n=len(rows[0]["images_s"])) for cell in HEADER)
-    return markdown(header, cells)
+    return piped(header, cells)
 
 
 def measured() -> str:
@@ -147,20 +146,6 @@ def measured() -> str:
     )
 
 
-def own_words(argv: list[str]) -> list[str]:
-    """Give what was typed without the flags of this command, for the processes that it starts."""
-    kept, skip = [], False
-    for word in argv:
-        flag = word.partition("=")[0].replace("_", "-")
-        if flag in ("--starts", "--results", "--cache-dir"):
-            skip = "=" not in word
-        elif skip:
-            skip = False
-        else:
-            kept.append(word)
-    return kept
-
-
 def main() -> None:
     """Parse; be one start, or run all that were asked for and print their table."""
     parser = create_parser(__doc__.split("\n\n")[0])
@@ -180,14 +165,12 @@ def main() -> None:
     names = [name.strip() for name in args.starts.split(",")]
     if unknown := [name for name in names if name not in STARTS]:
         raise UserError(f"--starts: unknown {unknown[0]!r} (expected some of: {', '.join(STARTS)})")
-    from utils import results, series
-
     path = series.results_path(args)
     if not args.results:
         path = path.parent / "startup" / path.name
         path.parent.mkdir(exist_ok=True)
     results.append(path, [])  # said before anything slow
-    common, rows = own_words(sys.argv[1:]), []
+    common, rows = series.common_flags(sys.argv[1:], OWN_FLAGS), []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             for state in ("cold",) if name == "disabled" else ("cold", "warm"):

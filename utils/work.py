@@ -9,16 +9,8 @@ Source: diffusers 0.42 (transformer_flux.py), transformers 5 (modeling_t5.py, mo
 
 from dataclasses import dataclass
 
-from utils.layers import (
-    Layer,
-    Precision,
-    attention,
-    elementwise,
-    linear,
-    lookup,
-    modulation,
-    place,
-)
+from utils.layers import Layer, Precision, attention, elementwise, linear, lookup, modulation, place
+from utils.prompts import count_images
 from utils.work_vae import vae_decoder, vae_encoder
 
 STAGES = {  # as run_benchmark.py names them -> what runs in it
@@ -58,6 +50,14 @@ class Call:
     modulation_once: bool = False  # before the loop, for all steps
     subpixel_upsampling: bool = False  # the decoder's upsamplings inside of their convolutions
     true_cfg: bool = False  # text encoders and transformer run once more, with a negative prompt
+
+    @classmethod
+    def of(cls, args, text_tokens: int, steps: int, **others: bool) -> "Call":
+        """Collect what settled arguments say of it."""
+        prompts, images, image = len(args.prompt), count_images(args), args.pil_image
+        reference = image and (image.height, image.width)
+        edges = args.height, args.width
+        return cls(*edges, text_tokens, steps, prompts, images, reference, **others)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ __main__.py     python -m utils.artifacts list | verify | prune
 """
 
 from utils.artifacts.digests import checkpoint_digest, file_digest, files_below
-from utils.artifacts.identity import code_digest, differences, environment, name_of
-from utils.artifacts.private import cache_problem, open_cache, write_atomically
+from utils.artifacts.identity import code_digest, environment, name_of
+from utils.artifacts.private import cache_problem, open_cache, replacing, write_atomically
 from utils.artifacts.remote import flag_problem
 from utils.artifacts.run import (
     identity_of_run,
@@ -21,27 +21,14 @@ from utils.artifacts.run import (
     sources_of_run,
     stored_problems,
 )
-from utils.artifacts.store import (
-    FORMAT,
-    Package,
-    building,
-    damage,
-    find,
-    nearest,
-    read,
-    read_manifest,
-    save,
-)
+from utils.artifacts.store import building, damage, find, read, read_manifest, save
 
 __all__ = [
-    "FORMAT",
-    "Package",
     "building",
     "cache_problem",
     "checkpoint_digest",
     "code_digest",
     "damage",
-    "differences",
     "environment",
     "file_digest",
     "files_below",
@@ -50,11 +37,11 @@ __all__ = [
     "identity_of_run",
     "known_early",
     "name_of",
-    "nearest",
     "no_cached_model",
     "open_cache",
     "read",
     "read_manifest",
+    "replacing",
     "save",
     "sources_of_run",
     "stored_problems",

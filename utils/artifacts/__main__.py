@@ -8,7 +8,6 @@ prune    remove what a killed build left and what is unusable; with --max-size, 
 
 import hashlib
 import os
-import re
 import sys
 import time
 from contextlib import suppress
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from utils import memory
 from utils.artifacts.identity import flat, name_of
 from utils.artifacts.locks import locked
 from utils.artifacts.private import cache_problem
@@ -31,11 +31,6 @@ from utils.benchmark_utils import Parser
 from utils.errors import UserError, run_script
 from utils.steps.export_aoti import CACHE_DIR
 
-UNITS = {"b": 1, "": 1} | {
-    letter + ending: base**power
-    for power, letter in enumerate("kmgt", 1)
-    for ending, base in (("b", 1000), ("ib", 1024))
-}
 SHAPES = {"hidden_states": "image", "encoder_hidden_states": "text", "sample": "latents"}
 OTHERS = {  # what else lies in the cache directory, made again when it is missing
     "reference-*.safetensors": "pictures of plain diffusers",
@@ -61,11 +56,10 @@ class Entry:
 
 
 def parse_size(text: str) -> int:
-    """Read "20GB", "1.5 GiB" or a number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.lower())
-    if match is None or match[2] not in UNITS:
+    """Read --max-size. Units: bytes"""
+    if (size := memory.parse_size(text)) is None:
         raise UserError(f"--max-size {text}: expected a size such as 20GB or 500MiB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return size
 
 
 def show_size(size: int) -> str:

@@ -7,8 +7,9 @@ compared but not hashed, so an upgrade replaces a package instead of leaving one
 import hashlib
 import json
 import platform
-from importlib import metadata
 from pathlib import Path
+
+from utils import card
 
 UNHASHED = ("versions", "code")  # compared, but an upgrade replaces rather than adds
 
@@ -17,14 +18,11 @@ def environment() -> dict:
     """Name the versions of everything that shapes compiled code or is linked by it."""
     import torch
 
-    versions = {"cuda": torch.version.cuda, "hip": torch.version.hip}
-    versions["python"] = platform.python_version()
-    for package in ("torch", "triton", "torchao", "diffusers", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions | {
+    versions = card.versions()
+    shaping = ("python", "torch", "triton", "torchao", "diffusers", "transformers")
+    return {name: versions.get(name) for name in shaping} | {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
         "os": f"{platform.system()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
         "cpu_isa": torch.backends.cpu.get_cpu_capability(),

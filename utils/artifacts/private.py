@@ -8,6 +8,8 @@ is every file in it before it is opened.
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import UserError
@@ -74,8 +76,19 @@ def file_problem(path: Path) -> str:
     return ""
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside a file to write under; it takes the file's place if the body succeeds."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the ending may decide the format
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside the file, make it durable, and rename."""
+    """Write a file of the store: for its owner alone, durable, and renamed into its place."""
     descriptor, temporary = tempfile.mkstemp(
         prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils.artifacts.identity import differences, name_of
 from utils.artifacts.store import file_problems, parse_manifest, put, read_manifest, workspace
+from utils.checkpoints import transport_error
 from utils.errors import UserError
 from utils.progress import say
 
@@ -102,8 +103,6 @@ def _download(repo: str, file: str, largest: int, folder: Path) -> bytes:
     """Fetch one file of a repository, no larger than expected, through a folder of our own."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
-
-    from utils.checkpoints import transport_error
 
     try:
         size = get_hf_file_metadata(hf_hub_url(repo, file), timeout=10).size  # one try, not six

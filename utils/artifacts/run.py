@@ -3,8 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+from utils import card
 from utils.artifacts.identity import code_digest, environment
 from utils.artifacts.private import open_cache
+from utils.artifacts.remote import fetch
 from utils.artifacts.store import nearest
 from utils.steps import gguf
 
@@ -24,8 +26,6 @@ GRAPH = ("aoti.py", "calls.py", "denoise.py", "steps/__init__.py")
 
 def known_early(args, compiler: dict) -> dict:
     """Say what is known of a package before any weight is loaded; `compiler`: its options."""
-    from utils import card
-
     machine = dataclasses.asdict(args.machine)
     driver = card.gpu_state(args).get("driver_version")
     return {
@@ -43,8 +43,6 @@ def stored_problems(args, compiler: dict, parts: list[dict]) -> list[str]:
 
     Raises: UserError if one cannot be had.
     """
-    from utils.artifacts.remote import fetch
-
     known, root = known_early(args, compiler), Path(args.cache_dir).expanduser()
     if args.artifact_repo:
         fetch(open_cache(root), args, known)

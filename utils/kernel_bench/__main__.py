@@ -11,9 +11,13 @@ import fnmatch
 import time
 from pathlib import Path
 
-from utils.benchmark_utils import Parser
+from utils import card, hardware, peaks, results
+from utils.benchmark_utils import Parser, synchronize
 from utils.errors import UserError, run_script
+from utils.layers import Layer
 from utils.quiet import quiet_libraries
+from utils.report_table import piped
+from utils.roofline import times_s
 from utils.steps import import_problem
 
 FORMAT = 1
@@ -96,7 +100,6 @@ def run_case(case, setting) -> dict:
 
 
 def _measured(trial, case, setting) -> dict:
-    from utils.benchmark_utils import synchronize
     from utils.kernel_bench import timing
     from utils.kernel_bench import trial as work
 
@@ -131,9 +134,6 @@ def _measured(trial, case, setting) -> dict:
 
 def rates(row: dict, ceilings, sheet) -> dict:
     """Add what a row reached, and its shares of two rooflines; none where a rate is unknown."""
-    from utils.layers import Layer
-    from utils.roofline import times_s
-
     if "ms" not in row:
         return {}
     seconds = row["ms"]["median"] / 1e3
@@ -142,8 +142,8 @@ def rates(row: dict, ceilings, sheet) -> dict:
         "tb_per_s": round(row["bytes"] / seconds / 1e12, 4),
     }
     layer = Layer("", "linear", "", row["flop"], row["bytes"], row["dtype"])
-    for name, peaks in (("of_ceiling", ceilings), ("of_sheet", sheet)):
-        if peaks and (times := times_s(layer, peaks)) and max(times):
+    for name, known in (("of_ceiling", ceilings), ("of_sheet", sheet)):
+        if known and (times := times_s(layer, known)) and max(times):
             found[name] = round(max(times) / seconds, 4)
     return found
 
@@ -184,10 +184,9 @@ def settle(args):
 
     Raises: UserError for a device that is not there.
     """
-    from utils.hardware import detect
     from utils.kernel_bench.trial import Setting
 
-    args.machine = detect(args.device)
+    args.machine = hardware.detect(args.device)
     args.device = args.device or args.machine.device
     args.size = args.size or ("tiny" if args.machine.device == "cpu" else "full")
     if args.limit_s <= 0:
@@ -209,9 +208,6 @@ def main() -> None:
         return
     import torch
 
-    from utils import card, peaks, results
-    from utils.readme import table
-
     path = Path(args.results) if args.results else None
     if path:
         results.append(path, [])  # said before anything slow
@@ -231,7 +227,7 @@ def main() -> None:
         print(line(row), flush=True)
         if path:
             results.append(path, [common | row])
-    print("\n" + table(HEADER, sorted((cells(row) for row in rows), key=order)))
+    print("\n" + piped(HEADER, sorted((cells(row) for row in rows), key=order)))
     print(f"{time.perf_counter() - start:.0f} s" + (f"; rows are in {path}" if path else ""))
 
 

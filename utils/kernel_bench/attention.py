@@ -45,13 +45,9 @@ def check(setting: Setting, shape: tuple, out: torch.Tensor, inputs: tuple) -> d
 
 def lacking(setting: Setting, backend: str, fp8: bool) -> str:
     """Say what a backend would need that is not here; "" if it can run."""
-    if backend == "sdpa":
+    if backend == "sdpa" or (backend == "sdpa_math" and setting.machine.device != "cpu"):
         return ""
-    if backend == "sdpa_math" and setting.machine.device != "cpu":
-        return ""
-    expected = "a GPU"
-    if setting.machine.device != "cpu":
-        expected = fa3._expected(setting.machine, backend, False) or fa3.probe(backend, fp8)[1]
+    expected = fa3._expected(setting.machine, backend, False) or fa3.probe(backend, fp8)[1]
     return expected and f"{backend}: needs {expected}"
 
 

@@ -10,14 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from utils.kernel_bench.trial import (
-    Case,
-    Setting,
-    Trial,
-    Unavailable,
-    compiled,
-    relative_l2,
-)
+from utils.kernel_bench.trial import Case, Setting, Trial, Unavailable, compiled, relative_l2
 from utils.kernels import modulate, norm_rope
 from utils.steps import fused_kernels
 

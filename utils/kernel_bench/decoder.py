@@ -20,7 +20,7 @@ from utils.work import vae_decoder
 WHOLE_BOUND, NORM_BOUND = 0.03, 4e-3
 LATENT_CHANNELS, EPS = 16, 1e-6
 ATTENTION = ("sdpa", "sdpa_math", "sdpa_efficient", "sdpa_cudnn", "sdpa_flash")
-CLOCKS = {"eager": "events", "channels-last": "events"}  # what is left of their time in a graph:
+CLOCKS = {"eager": "events", "channels-last": "events"}  # others in a graph: without launches
 WHOLE = ("eager", "channels-last", "graph", "inductor", "inductor-group-norm")
 NORMS = ("eager", "inductor", "inductor-channels")
 

@@ -12,14 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from utils.kernel_bench.trial import (
-    Case,
-    Setting,
-    Trial,
-    Unavailable,
-    compiled,
-    relative_l2,
-)
+from utils.kernel_bench.trial import Case, Setting, Trial, Unavailable, compiled, relative_l2
 from utils.kernels import float8_product
 from utils.kernels.flash_attention import E4M3, E4M3_MAX, TINY
 from utils.kernels.modulate import quantize_rows

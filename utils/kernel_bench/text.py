@@ -37,7 +37,7 @@ def draw(setting: Setting, name: str, tokens: int, seed: int) -> tuple[torch.Ten
 def embed(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Give what FluxPipeline reads of an encoder: T5's tokens, CLIP's one vector."""
     found = as_eager(module, ids)
-    return getattr(found, "pooler_output", None) if "pooler_output" in found else found[0]
+    return found.pooler_output if "pooler_output" in found else found[0]
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.benchmark_utils import Spread, synchronize
+from utils.benchmark_utils import Spread, synchronize, time_once
 from utils.cudagraph import CUDARecorder
 from utils.kernel_bench.trial import Trial, nbytes
 
@@ -36,7 +36,7 @@ def measure(trial: Trial, sets: list[tuple], device: str) -> tuple[Spread, int]:
     """
     if not device.startswith("cuda") or trial.clock == "host":
         return _samples(lambda: _host_ms(lambda: trial.run(*sets[0]), device)), 1
-    once_ms = _event_ms(lambda: trial.run(*sets[0]))
+    once_ms = 1e3 * time_once(lambda: trial.run(*sets[0]), device)
     calls = len(sets) * math.ceil(GRAPH_MS / max(once_ms, 1e-3) / len(sets))
     calls = min(calls, max(MOST_CALLS, len(sets)))
 
@@ -47,8 +47,7 @@ def measure(trial: Trial, sets: list[tuple], device: str) -> tuple[Spread, int]:
     if trial.clock == "graph":
         run = CUDARecorder().record(run)
     run()
-    spread = _samples(lambda: _event_ms(run) / calls)
-    return spread, calls
+    return _samples(lambda: 1e3 * time_once(run, device) / calls), calls
 
 
 def _samples(sample: Callable[[], float]) -> Spread:
@@ -57,15 +56,6 @@ def _samples(sample: Callable[[], float]) -> Spread:
     while len(found) < SAMPLES and (len(found) < LEAST or time.perf_counter() < end):
         found.append(sample())
     return Spread(tuple(found))
-
-
-def _event_ms(run: Callable[[], object]) -> float:
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    run()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after)
 
 
 def _host_ms(run: Callable[[], object], device: str) -> float:

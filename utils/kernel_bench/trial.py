@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from utils.checkpoints import resolve
 from utils.hardware import Machine
+from utils.steps.inductor_tuning_flags import FLAGS
 
 FULL, TINY = "full", "tiny"
 CHECKPOINTS = {FULL: "black-forest-labs/FLUX.1-schnell", TINY: "tiny-schnell"}
@@ -32,8 +34,6 @@ class Setting:
     @property
     def checkpoint(self):
         """Whose architecture it is."""
-        from utils.checkpoints import resolve
-
         return resolve(CHECKPOINTS[self.size], random_weights=True)
 
     def randn(self, *shape: int, seed: int = 0, dtype=torch.bfloat16) -> torch.Tensor:
@@ -84,8 +84,6 @@ def relative_l2(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 def compilation(setting: Setting, **options) -> dict:
     """Give torch.compile's words: the pipeline's options, and code for the first shapes alone."""
-    from utils.steps.inductor_tuning_flags import FLAGS
-
     search = {} if setting.device == "cpu" else {"max_autotune": True}
     return {"fullgraph": True, "dynamic": False, "options": {**search, **FLAGS, **options}}
 

@@ -13,8 +13,8 @@ Backward: none. Inference only; calling backward() through the op raises.
 """
 
 import functools
-import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from utils.kernels.int8_attention import int8_attention
+from utils.steps import import_problem
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max  # 448
@@ -166,19 +167,6 @@ def attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) 
     return 4 * batch * heads * queries * k_shape[1] * head_dim
 
 
-def _import(name: str):
-    """Import a package, and tell a missing one from a broken one. Raises: BackendError."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if f"{name}.".startswith(f"{error.name}."):  # or the package around it
-            raise BackendError(f"no module {name}") from error
-        raise BackendError(f"{name} is installed but broken: {error}") from error
-    except Exception as error:  # a wheel for another CUDA or torch fails in many ways
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BackendError(f"{name} is installed but broken: {text}") from error
-
-
 def _fa3_fwd(module) -> Kernel:
     # The op itself: the wrapper's own fake kernel and autograd are of no use inside our op
     op = torch.ops.fa3_fwd.fwd.default
@@ -230,7 +218,9 @@ def find(backend: str) -> Kernel:
     found = []
     for name in PACKAGES[backend]:
         try:
-            module = _import(name)
+            if problem := import_problem(name):
+                raise BackendError(problem)
+            module = sys.modules[name]
             return SPECIAL[name](module) if name in SPECIAL else _function(name, module)
         except (BackendError, AttributeError) as error:
             found.append(str(error))

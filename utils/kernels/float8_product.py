@@ -110,15 +110,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def launch_float8_product(
-    x,
-    x_scale,
-    weight,
-    weight_scale,
-    bias=None,
-    residual=None,
-    gate=None,
-    programs=None,
-    tile=None,
+    x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None, programs=None, tile=None
 ) -> torch.Tensor:
     """Do what `float8_product` does, by its kernel.
 

@@ -4,7 +4,8 @@ NAME       the same word in its flag, the card, the results and the docs
 AFTER      names of the steps that must have been applied before it
 PARTS      what it changes, of `PARTS` below
 add_flags  adds its flags to the parser (the flag that turns it off among them)
-check      looks at the arguments and the machine, before any weight is loaded, and gives a Verdict
+check      looks at the arguments and the machine, before any weight is loaded, and gives a Verdict;
+           it changes nothing (`lora` alone adds what it has read to the arguments)
 apply      changes the pipeline; called only if the verdict is "on"
 
 and a docstring with the method and why it stands where it stands. Torch is imported inside the
@@ -31,6 +32,7 @@ class Verdict:
     reason: str = ""
     lossless: bool = True  # only meaningful when on
     settings: dict = field(default_factory=dict)  # what decides its result; enters the fingerprint
+    missing_flag: str = ""  # the one that turns it on, where nobody has asked for it
 
     @property
     def is_on(self) -> bool:
@@ -45,6 +47,11 @@ def on(lossless: bool = True, **settings) -> Verdict:
 def off(reason: str) -> Verdict:
     """The user's flags turn the step off, or leave nothing for it to do."""
     return Verdict("off", reason)
+
+
+def not_given(flag: str) -> Verdict:
+    """Nobody asked for the step."""
+    return Verdict("off", f"no {flag}", missing_flag=flag)
 
 
 def unavailable(reason: str) -> Verdict:
@@ -80,12 +87,19 @@ def import_problem(package: str, *parts: str) -> str:
         for module in (package, *parts):  # alone first: a missing package is no missing part
             importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == package:
+        if f"{package}.".startswith(f"{error.name}."):  # or the package around it
             return f"no module {package}"
         return f"{package} is installed but broken: {error}"
     except Exception as error:  # a build for another torch or machine fails in many ways
         return f"{package} is installed but broken: {type(error).__name__}: {error}".splitlines()[0]
     return ""
+
+
+def uncompiled(args, flag: str, why: str = "") -> str:
+    """Refuse a flag in one line where nothing is compiled; "" if something is."""
+    if args.compile_export_mode != "disabled":
+        return ""
+    return f"{flag}: found --compile_export_mode disabled, expected compile or export_aoti{why}"
 
 
 def missing_triton(flag: str) -> str:

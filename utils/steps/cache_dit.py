@@ -13,7 +13,9 @@ import math
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.steps import Verdict, off, on, own_class, refused
+from utils.random_weights import configs_of
+from utils.steps import Verdict, not_given, on, own_class, refused
+from utils.work import TRANSFORMER
 
 NAME = "cache_dit"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
@@ -66,7 +68,7 @@ def check(args) -> Verdict:
     """Refuse what cannot be cached, and a file that cannot be read to the last key."""
     path = args.cache_dit_config
     if not path:
-        return off("no --cache_dit_config")
+        return not_given("--cache_dit_config")
     if args.checkpoint.kind == "schnell":
         return refused(
             f"--cache_dit_config {path}: {args.checkpoint.name} takes "
@@ -92,9 +94,6 @@ def check(args) -> Verdict:
         cache, taylor = read_settings(path)
     except ValueError as error:
         return refused(f"--cache_dit_config {path}: {error}")
-    from utils.random_weights import configs_of
-    from utils.work import TRANSFORMER
-
     config = TRANSFORMER | configs_of(args.checkpoint)["transformer"]
     blocks = config["num_layers"] + config["num_single_layers"]
     if problem := _blocks_problem(cache, blocks, args.checkpoint.name):

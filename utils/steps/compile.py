@@ -18,8 +18,10 @@ import os
 import shutil
 from pathlib import Path
 
+from utils import artifacts
 from utils.errors import UserError
 from utils.progress import say, stages
+from utils.prompts import count_images
 from utils.steps import (
     Verdict,
     components,
@@ -77,15 +79,16 @@ def check(args) -> Verdict:
             "--compile_scope full: a step cache decides between the blocks and breaks the whole "
             "graph; use --compile_scope blocks"
         )
-    from utils.artifacts import cache_problem, flag_problem, no_cached_model, stored_problems
-
-    if problem := missing_compiler() or cache_problem(args.cache_dir) or flag_problem(args):
+    cache = artifacts.cache_problem(args.cache_dir)
+    if problem := missing_compiler() or cache or artifacts.flag_problem(args):
         return refused(problem)
     about = _about(args)
     if args.drop_text_padding:  # the prompt's own length is known with the tokenizer
         del about["text_tokens"]
-    if args.use_cached_model and (lines := stored_problems(args, compiler_options(args), [about])):
-        return refused(no_cached_model(lines))
+    if args.use_cached_model and (
+        lines := artifacts.stored_problems(args, compiler_options(args), [about])
+    ):
+        return refused(artifacts.no_cached_model(lines))
     shapes = {"dynamic": True} if dynamic(args.machine) else {}
     return on(scope=args.compile_scope, fullgraph=True, **shapes, **compiler_mode(args))
 
@@ -135,7 +138,7 @@ def _about(args) -> dict:
     """Say what this step's part of the store is, beside what every package of the run shares."""
     call = {
         "size": f"{args.width}x{args.height}",
-        "images": len(args.prompt) * args.num_images_per_prompt,
+        "images": count_images(args),
         "guidance": args.guidance_scale is not None,
     }
     shared = {"component": NAME, "scope": args.compile_scope, "call": call}
@@ -150,20 +153,18 @@ def _load(root: Path, pipeline, args) -> tuple[dict, bool]:
     """
     import torch
 
-    from utils.artifacts import damage, identity_of_run, name_of, no_cached_model, read
-
-    identity = identity_of_run(args, compiler_options(args)) | _about(args)
+    identity = artifacts.identity_of_run(args, compiler_options(args)) | _about(args)
     identity["parts"] = [*components(pipeline), *(["text"] if args.compile_text_encoders else [])]
-    made, lines = read(root, identity, STORED)
+    made, lines = artifacts.read(root, identity, STORED)
     if not made and args.use_cached_model:
-        raise UserError(no_cached_model(lines))
+        raise UserError(artifacts.no_cached_model(lines))
     if not made or args.force_export:
-        if not made and (why := damage(root, identity, lines)):
+        if not made and (why := artifacts.damage(root, identity, lines)):
             say(NAME, why)
         return identity, True
     torch.compiler.load_cache_artifacts(made[STORED])
     size = len(made[STORED]) / 2**20
-    say(NAME, f"loaded {name_of(identity)}, {size:.1f} MiB, from {root}")
+    say(NAME, f"loaded {artifacts.name_of(identity)}, {size:.1f} MiB, from {root}")
     return identity, False
 
 
@@ -171,15 +172,13 @@ def _store(root: Path, identity: dict) -> None:
     """Keep what the compiler has made in this process; without room for it the run goes on."""
     import torch
 
-    from utils.artifacts import building, save
-
     made = torch.compiler.save_cache_artifacts()
     if made is None:
         say(NAME, "nothing to store: the compiler kept nothing in its caches")
         return
     try:
-        with building(root, identity):
-            package = save(root, identity, {STORED: made[0]}, {})
+        with artifacts.building(root, identity):
+            package = artifacts.save(root, identity, {STORED: made[0]}, {})
     except UserError as error:
         say(NAME, f"not stored: {error}")
         return
@@ -190,18 +189,13 @@ def apply(pipeline, args) -> None:
     """Compile the components and make the run's own call once: timed runs compile nothing."""
     import torch
 
-    from utils.artifacts import open_cache
     from utils.pipeline_utils import generate
 
-    root = open_cache(args.cache_dir)
+    root = artifacts.open_cache(args.cache_dir)
     identity, is_new = _load(root, pipeline, args)
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, KINDS_OF_CALL)
-    how = {
-        "fullgraph": True,
-        "dynamic": dynamic(args.machine),
-        "options": compiler_options(args),
-    }
+    how = {"fullgraph": True, "dynamic": dynamic(args.machine), "options": compiler_options(args)}
     for module in components(pipeline).values():
         if args.compile_scope == "blocks" and getattr(module, "_repeated_blocks", None):
             module.compile_repeated_blocks(**how)

@@ -9,7 +9,7 @@ process, has been first. Sums may come in another order than last time: lossless
 """
 
 from utils.hardware import Machine
-from utils.steps import Verdict, off, on, refused, unavailable
+from utils.steps import Verdict, not_given, on, refused, unavailable
 
 NAME = "conv_algorithms"
 AFTER = ("channels_last",)
@@ -33,7 +33,7 @@ def lacking(machine: Machine) -> str:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.conv_benchmark:
-        return off("no --conv_benchmark")
+        return not_given("--conv_benchmark")
     if reason := lacking(args.machine):
         return unavailable(reason)
     if args.disable_channels_last:

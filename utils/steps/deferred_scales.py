@@ -15,7 +15,7 @@ After `quant`, whose weights it reads.
 """
 
 from utils.hardware import Machine
-from utils.steps import Verdict, off, on, quant, refused, unavailable
+from utils.steps import Verdict, not_given, off, on, quant, refused, unavailable, uncompiled
 
 NAME = "deferred_scales"
 AFTER = ("quant",)
@@ -45,14 +45,12 @@ def lacking(machine: Machine) -> str:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.deferred_scales:
-        return off("no --deferred_scales")
+        return not_given("--deferred_scales")
     if reason := lacking(args.machine):
         return unavailable(reason)
-    if args.compile_export_mode == "disabled":
-        return refused(
-            "--deferred_scales: found --compile_export_mode disabled, expected compile or "
-            "export_aoti (it is the compiler that fuses the scales)"
-        )
+    why = " (it is the compiler that fuses the scales)"
+    if problem := uncompiled(args, "--deferred_scales", why):
+        return refused(problem)
     for flag, expected in (("granularity", "row"), ("dtype", "float8")):
         if (found := getattr(args, f"quant_{flag}")) not in (None, expected):
             return refused(

@@ -15,6 +15,7 @@ cost a build for each, and nothing at run time. On CUDA the forward is then put 
 import time
 from pathlib import Path
 
+from utils import artifacts
 from utils.errors import UserError
 from utils.progress import say, stages
 from utils.steps import (
@@ -74,10 +75,8 @@ def add_flags(parser) -> None:
 
 def check(args) -> Verdict:
     """Decide from the flags and the cache directory."""
-    from utils.artifacts import cache_problem, flag_problem, no_cached_model, stored_problems
-
     mode = args.compile_export_mode
-    if mode != "compile" and (problem := flag_problem(args)):
+    if mode != "compile" and (problem := artifacts.flag_problem(args)):
         return refused(problem)
     if args.force_export and args.use_cached_model:
         return refused("--force_export, --use-cached-model: expected one of them")
@@ -106,13 +105,13 @@ def check(args) -> Verdict:
             "would need a package of its own; use --quant_granularity row or --compile_scope full"
         )
     compiler = "" if args.use_cached_model else compile.missing_compiler()  # only to build
-    if problem := compiler or cache_problem(args.cache_dir):
+    if problem := compiler or artifacts.cache_problem(args.cache_dir):
         return refused(problem)
     if args.use_cached_model:
         # What needs no weights is compared now; the rest in apply()
         parts = [{"component": component} for component in _names(args)]
-        if lines := stored_problems(args, _options(args), parts):
-            return refused(no_cached_model(lines))
+        if lines := artifacts.stored_problems(args, _options(args), parts):
+            return refused(artifacts.no_cached_model(lines))
     scope = {"scope": "blocks"} if args.compile_scope == "blocks" else {}
     return on(**scope, **compile.compiler_mode(args))
 
@@ -125,11 +124,10 @@ def apply(pipeline, args) -> None:
     Raises: UserError if --use-cached-model finds no package of this run; lines name the fields.
     """
     from utils import aoti
-    from utils.artifacts import identity_of_run, no_cached_model, open_cache
     from utils.cudagraph import CUDAGraphWrapper, pool_of
     from utils.pipeline_utils import generate
 
-    root = open_cache(args.cache_dir)
+    root = artifacts.open_cache(args.cache_dir)
     groups = _groups(pipeline, _names(args))
     firsts = [group[0] for group in groups]
     on_gpu = args.machine.device == "cuda"
@@ -138,11 +136,11 @@ def apply(pipeline, args) -> None:
     with stages(NAME, 2 + len(groups)) as stage:
         stage("record inputs")
         aoti.record_inputs(firsts, lambda: generate(pipeline, args, num_inference_steps=1))
-        packages = _Packages(root, args, identity_of_run(args, _options(args)))
+        packages = _Packages(root, args, artifacts.identity_of_run(args, _options(args)))
         if args.use_cached_model and (
             lines := [x for one in firsts for x in packages.find(one)[2]]
         ):
-            raise UserError(no_cached_model(lines))
+            raise UserError(artifacts.no_cached_model(lines))
 
         def provide(component):
             package = packages.get(component)
@@ -227,7 +225,7 @@ class _Packages:
 
     def find(self, component) -> tuple:
         """Look for a component's package: its identity, the package or None, and the reasons."""
-        from utils import aoti, artifacts
+        from utils import aoti
 
         weights = component.weights()
         identity = self.shared | {
@@ -248,11 +246,9 @@ class _Packages:
 
         Raises: UserError if it may not be built.
         """
-        from utils.artifacts import no_cached_model
-
         identity, package, lines = self.find(component)
         if package is None and self.args.use_cached_model:
-            raise UserError(no_cached_model(lines))
+            raise UserError(artifacts.no_cached_model(lines))
         if package is None or (self.args.force_export and package.name not in self.known):
             package = self._build(component, identity)
         self.known[package.name] = package
@@ -267,7 +263,7 @@ class _Packages:
 
     def _build(self, component, identity: dict):
         """Export, compile and store a component, unless another process has just done so."""
-        from utils import aoti, artifacts
+        from utils import aoti
 
         start, forced = time.perf_counter(), self.args.force_export
         with artifacts.building(self.root, identity) as scratch:

@@ -228,8 +228,6 @@ def apply(pipeline, args) -> None:
     settings = args.plan[NAME].settings
     pipeline.transformer.set_attn_processor(
         FlashFusedFluxAttnProcessor3_0(
-            settings["backend"],
-            fp8=settings["dtype"] == "fp8",
-            rotate="rotation" in settings,
+            settings["backend"], fp8=settings["dtype"] == "fp8", rotate="rotation" in settings
         )
     )

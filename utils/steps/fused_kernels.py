@@ -14,7 +14,7 @@ are quantised already, otherwise torchao quantises as before.
 
 from utils.errors import UserError
 from utils.hardware import Machine
-from utils.steps import Verdict, missing_triton, off, on, quant, refused, unavailable
+from utils.steps import Verdict, missing_triton, not_given, on, quant, refused, unavailable
 
 NAME = "fused_kernels"
 AFTER = ("fused_projections", "fused_mlp", "fa3")
@@ -38,7 +38,7 @@ def lacking(machine: Machine) -> str:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.fused_kernels:
-        return off("no --fused_kernels")
+        return not_given("--fused_kernels")
     if reason := lacking(args.machine):
         return unavailable(reason)
     if args.disable_fa3:

@@ -10,7 +10,7 @@ LoRAs have to be fused before, as with the projections: a later one finds other 
 """
 
 from utils.errors import UserError
-from utils.steps import Verdict, fused_projections, off, on, refused
+from utils.steps import Verdict, fused_projections, not_given, on, refused
 
 NAME = "fused_mlp"
 AFTER = ("fused_projections",)
@@ -29,7 +29,7 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.fused_mlp:
-        return off("no --fused_mlp")
+        return not_given("--fused_mlp")
     projections = fused_projections.check(args)
     if projections.is_on and "modules" not in projections.settings:
         return on()

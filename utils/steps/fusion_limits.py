@@ -11,7 +11,7 @@ a GPU can tell, so it is off.
 Read when the compiler runs, as the flags of `inductor_tuning_flags`.
 """
 
-from utils.steps import Verdict, off, on, refused
+from utils.steps import Verdict, not_given, on, refused, uncompiled
 
 NAME = "fusion_limits"
 AFTER = ("inductor_tuning_flags",)
@@ -37,11 +37,9 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags alone: without a compiler there is nothing to tell."""
     if not args.fusion_limits:
-        return off("no --fusion_limits")
-    if args.compile_export_mode == "disabled":
-        return refused(
-            "--fusion_limits: found --compile_export_mode disabled, expected compile or export_aoti"
-        )
+        return not_given("--fusion_limits")
+    if problem := uncompiled(args, "--fusion_limits"):
+        return refused(problem)
     return on(**LIMITS)
 
 

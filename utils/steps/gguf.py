@@ -11,10 +11,15 @@ bf16's memory and speed, every later step included, with the file's precision.
 How many steps a type deserves is the user's choice (docs/memory.md); nothing changes it here.
 """
 
+import json
+import tempfile
 from pathlib import Path
 
+from utils import gguf_file
+from utils.checkpoints import hub_file
 from utils.errors import UserError
-from utils.steps import Verdict, import_problem, off, on, refused
+from utils.random_weights import configs_of
+from utils.steps import Verdict, import_problem, not_given, on, refused
 
 NAME = "gguf"
 AFTER = ()
@@ -49,8 +54,6 @@ def local_file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists() or name.count("/") != 2 or name.startswith(("/", ".", "~")):
         return path
-    from utils.checkpoints import hub_file
-
     repo, _, file = name.rpartition("/")
     return hub_file(repo, file, flag="--gguf_file", instead="or name a local file")
 
@@ -60,14 +63,11 @@ def check(args) -> Verdict:
     if not args.gguf_file:
         if args.gguf_mode:
             return refused(f"--gguf_mode {args.gguf_mode}: expected together with --gguf_file")
-        return off("no --gguf_file")
+        return not_given("--gguf_file")
     if problem := import_problem("gguf"):
         return refused(
             f"--gguf_file: found {problem}; expected gguf 0.10 or newer: pip install gguf==0.19.0"
         )
-    from utils import gguf_file
-    from utils.random_weights import configs_of
-
     try:
         path = local_file(args.gguf_file)
         contents = gguf_file.read_header(path)
@@ -102,13 +102,8 @@ def load_transformer(args):
 
     Returns: FluxTransformer2DModel with GGUFLinear layers, or in mode dequantize plain ones
     """
-    import json
-    import tempfile
-
     from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
     from diffusers.quantizers.gguf.utils import _dequantize_gguf_and_restore_linear
-
-    from utils.random_weights import configs_of
 
     with tempfile.TemporaryDirectory() as folder:  # without a config diffusers asks the hub
         config = configs_of(args.checkpoint)["transformer"]

@@ -6,7 +6,7 @@ are plain torch that only a compiler makes fast. Counted in Inductor's code for 
 formula and 3.7 GB, every sector once, by this one: 5 ms and 0.8 ms at the memory's full rate.
 """
 
-from utils.steps import Verdict, off, on, refused
+from utils.steps import Verdict, not_given, on, refused, uncompiled
 
 NAME = "group_norm"
 AFTER = ("channels_last",)
@@ -25,14 +25,12 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags: worth it in channels-last and under a compiler only."""
     if not args.channel_group_norm:
-        return off("no --channel_group_norm")
+        return not_given("--channel_group_norm")
     if args.disable_channels_last:
         return refused("--channel_group_norm: found --disable_channels_last; leave out one of them")
-    if args.compile_export_mode == "disabled":
-        return refused(
-            "--channel_group_norm: found --compile_export_mode disabled, expected compile or "
-            "export_aoti (without a compiler it is slower)"
-        )
+    why = " (without a compiler it is slower)"
+    if problem := uncompiled(args, "--channel_group_norm", why):
+        return refused(problem)
     return on()
 
 

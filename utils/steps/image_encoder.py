@@ -7,7 +7,7 @@ asked for. Unmeasured on a GPU.
 After the flags that the compiler reads, before the steps that compile, export and record.
 """
 
-from utils.steps import Verdict, off, on, refused
+from utils.steps import Verdict, not_given, on, refused, uncompiled
 
 NAME = "image_encoder"
 AFTER = ("channels_last", "inductor_tuning_flags")
@@ -27,17 +27,14 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags: there has to be an image and a compiler."""
     if not args.compile_image_encoder:
-        return off("no --compile_image_encoder")
+        return not_given("--compile_image_encoder")
     if args.checkpoint.kind != "kontext":
         return refused(
             f"--compile_image_encoder: found {args.checkpoint.name}, which encodes no image, "
             "expected a Kontext checkpoint"
         )
-    if args.compile_export_mode == "disabled":
-        return refused(
-            "--compile_image_encoder: found --compile_export_mode disabled, expected compile or "
-            "export_aoti"
-        )
+    if problem := uncompiled(args, "--compile_image_encoder"):
+        return refused(problem)
     return on()
 
 

@@ -13,7 +13,8 @@ kernel as before; a trace would show no step, so it is refused.
 Unmeasured on a GPU, and therefore off by default.
 """
 
-from utils.steps import Verdict, off, on, refused, unavailable
+from utils.progress import say
+from utils.steps import Verdict, not_given, on, refused, unavailable, uncompiled
 
 NAME = "loop_graph"
 AFTER = ("modulation", "compile", "export_aoti")
@@ -32,7 +33,7 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags: a loop that is one graph leaves nothing to decide in a step."""
     if not args.loop_graph:
-        return off("no --loop_graph")
+        return not_given("--loop_graph")
     if not args.modulation_once:
         return refused(
             "--loop_graph: found no --modulation_once, whose loop asks nothing of the host; add it"
@@ -48,11 +49,8 @@ def check(args) -> Verdict:
         )
     if args.machine.device != "cuda":
         return unavailable(f"CUDA graphs need a CUDA device, found {args.machine.short()}")
-    if args.compile_export_mode == "disabled":
-        return refused(
-            "--loop_graph: found --compile_export_mode disabled, expected compile or export_aoti "
-            "(graphs come with them)"
-        )
+    if problem := uncompiled(args, "--loop_graph", " (graphs come with them)"):
+        return refused(problem)
     return on(denoising_step=f"loop/{args.num_inference_steps}")
 
 
@@ -60,7 +58,6 @@ def apply(pipeline, args) -> None:
     """Put the loop into a graph of the pipeline's pool, and record the run's own call."""
     from utils.cudagraph import pool_of
     from utils.pipeline_utils import generate
-    from utils.progress import say
 
     wrap(pipeline, pool_of(pipeline))
     say(NAME, f"recording {args.num_inference_steps} steps as one graph")

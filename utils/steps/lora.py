@@ -14,9 +14,9 @@ see them and stay off.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils import acceleration
+from utils import acceleration, loras
 from utils.errors import UserError
-from utils.steps import Verdict, gguf, import_problem, off, on, refused
+from utils.steps import Verdict, gguf, import_problem, not_given, on, refused
 
 NAME = "lora"
 AFTER = ("gguf",)
@@ -45,12 +45,15 @@ def add_flags(parser) -> None:
 
 
 def check(args) -> Verdict:
-    """Read every LoRA and compare it with the transformer's layers; nothing is left out."""
+    """Read every LoRA and compare it with the transformer's layers; nothing is left out.
+
+    Adds: args.loras and args.lora_rank, so that nothing is read and digested twice.
+    """
     given = args.lora or []
     if args.swap_loras and (problem := _swap_problem(args)):
         return refused(f"--swap_loras: {problem}")
     if not given:
-        return off("no --lora")
+        return not_given("--lora")
     if args.random_weights:
         return refused(
             f"--lora {given[0]}: added to random weights it changes neither speed nor a picture "
@@ -61,8 +64,6 @@ def check(args) -> Verdict:
             f"--lora {given[0]}: cannot be added to a GGUF's weights while they stay compressed; "
             "use --gguf_mode dequantize"
         )
-    from utils import loras
-
     if problem := import_problem("peft"):
         return refused(f"--lora: {problem}; pip install peft==0.21.2")
     try:

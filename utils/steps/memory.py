@@ -16,22 +16,24 @@ then loaded, fused and quantised on the host, so loading never needs more than t
 """
 
 import argparse
-import sys
 from contextlib import contextmanager
 
+from utils import card
 from utils.errors import UserError
 from utils.gguf_file import read_header
-from utils.memory import free_bytes
-from utils.memory_tiers import OFFLOADED, ON_A_CPU, TIERS, TILED, TILES, estimate, parse_size
+from utils.memory import free_bytes, parse_size
+from utils.memory_tiers import OFFLOADED, ON_A_CPU, TIERS, TILED, TILES, estimate
 from utils.steps import Verdict, gguf, off, on, quant, refused, text_quant
 
 NAME = "memory"
 AFTER = ("quant", "text_quant")
 PARTS = ("pipeline",)
+NOT_TRIED = ("fused_kernels", "triton_float8", "swap_loras")  # with weights that move
 
 
 def _tier_or_size(text: str) -> str:
-    if text in ("auto", *TIERS) or parse_size(text):
+    # A number alone, such as 24, means bytes to parse_size(), and GiB to who types it here
+    if text in ("auto", *TIERS) or (not text[-1:].isdigit() and parse_size(text)):
         return text
     names = ", ".join(("auto", *TIERS))
     raise argparse.ArgumentTypeError(f"found {text!r}, expected {names}, or a size such as 10GiB")
@@ -112,14 +114,11 @@ def _conflict(args) -> str:
             "--modulation_once calls the modulation outside of the forward that brings its "
             "weights; leave it out"
         )
-    if tier in OFFLOADED and args.fused_kernels:
-        return "--fused_kernels is not tried with weights that move; leave it out"
+    for flag in NOT_TRIED:
+        if tier in OFFLOADED and getattr(args, flag):
+            return f"--{flag} is not tried with weights that move; leave it out"
     if tier in OFFLOADED and quant.precision(quant.check(args)) in quant.BLOCK_FORMATS:
         return f"--quant_dtype {args.quant_dtype} is not tried with weights that move; leave it out"
-    if tier in OFFLOADED and args.triton_float8:
-        return "--triton_float8 is not tried with weights that move; leave it out"
-    if tier in OFFLOADED and args.swap_loras:
-        return "--swap_loras is not tried with weights that move; leave it out"
     if tier in OFFLOADED and args.cache_dit_config:
         return "a step cache is not tried with weights that move; leave out --cache_dit_config"
     if tier in TILED and mode == "export_aoti":
@@ -205,12 +204,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _next(args) -> str:
-    import shlex
-    from pathlib import Path
-
     tiers = ON_A_CPU if args.machine.device == "cpu" else TIERS
     lower = tiers[tiers.index(args.tier) + 1 :] if args.tier in tiers else ()
     if not lower:
         return "no tier needs less: use a smaller --height and --width, or a --gguf_file"
-    words = sys.argv[1:]  # the last --memory is the one that counts
-    return f"next: {shlex.join(['python', Path(sys.argv[0]).name, *words, '--memory', lower[0]])}"
+    return f"next: {card.command()} --memory {lower[0]}"  # the last --memory is the one that counts

@@ -11,7 +11,7 @@ call's total, not of `denoising_step`.
 """
 
 from utils.schedulers import loop_problem
-from utils.steps import Verdict, off, on, refused
+from utils.steps import Verdict, not_given, on, refused
 
 NAME = "modulation"
 AFTER = ()
@@ -31,7 +31,7 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags: a step cache needs diffusers' own loop and blocks."""
     if not args.modulation_once:
-        return off("no --modulation_once")
+        return not_given("--modulation_once")
     if args.cache_dit_config:
         return refused(
             "--modulation_once: a step cache calls the blocks itself, with one vector for all of "

@@ -8,7 +8,7 @@ rounding to bf16, no more traffic: the addition joins the pointwise kernel that 
 """
 
 from utils.hardware import Machine
-from utils.steps import Verdict, off, on, quant, refused, unavailable
+from utils.steps import Verdict, not_given, on, quant, refused, unavailable, uncompiled
 
 NAME = "persistent_tma"
 AFTER = ("quant", "fused_kernels")
@@ -33,14 +33,12 @@ def lacking(machine: Machine) -> str:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.persistent_tma:
-        return off("no --persistent_tma")
+        return not_given("--persistent_tma")
     if reason := lacking(args.machine):
         return unavailable(reason)
-    if args.compile_export_mode == "disabled":
-        return refused(
-            "--persistent_tma: found --compile_export_mode disabled, expected compile or "
-            "export_aoti (it is the compiler's choice of kernels)"
-        )
+    why = " (it is the compiler's choice of kernels)"
+    if problem := uncompiled(args, "--persistent_tma", why):
+        return refused(problem)
     if problem := package_problem(args):
         return refused(f"--persistent_tma: {problem}")
     return on(bias="after" if quant.precision(quant.check(args)) == "fp8" else "inside")

@@ -85,21 +85,16 @@ def lacking(machine: Machine, dtype: str = "float8") -> str:
     return ""
 
 
-def torchao_problem(dtype: str = "float8") -> str:
-    """Import torchao: what was found instead of a usable one; "" if nothing is wrong."""
-    modules = list(NEEDED)[: 2 if dtype in BLOCK_FORMATS else 1]
-    if problem := import_problem("torchao", *modules):
-        return problem
-    absent = [n for m in modules for n in NEEDED[m] if not hasattr(sys.modules[m], n)]
-    version = getattr(sys.modules["torchao"], "__version__", "of unknown version")
-    return f"torchao {version} without {', '.join(absent)}" if absent else ""
-
-
 def missing_torchao(dtype: str = "float8") -> str:
     """Refuse in one line without a usable torchao; "" if there is one."""
-    if not (problem := torchao_problem(dtype)):
-        return ""
-    return f"quant: found {problem}; expected torchao 0.17 or newer: {INSTALL}, or --disable_quant"
+    modules = list(NEEDED)[: 2 if dtype in BLOCK_FORMATS else 1]
+    if not (found := import_problem("torchao", *modules)):
+        absent = [n for m in modules for n in NEEDED[m] if not hasattr(sys.modules[m], n)]
+        if not absent:
+            return ""
+        version = getattr(sys.modules["torchao"], "__version__", "of unknown version")
+        found = f"torchao {version} without {', '.join(absent)}"
+    return f"quant: found {found}; expected torchao 0.17 or newer: {INSTALL}, or --disable_quant"
 
 
 def check(args) -> Verdict:

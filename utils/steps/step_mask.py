@@ -21,7 +21,7 @@ from pathlib import Path
 
 from utils import mask_file
 from utils.schedulers import loop_problem
-from utils.steps import Verdict, off, on, refused
+from utils.steps import Verdict, not_given, on, refused
 
 NAME = "step_mask"
 AFTER = ("cache_dit", "compile", "export_aoti")
@@ -77,7 +77,7 @@ def check(args) -> Verdict:
         for flag in ("step_mask_order", "step_mask_gain"):
             if getattr(args, flag) is not None:
                 return refused(f"--{flag} {getattr(args, flag):g}: expected with --step_mask")
-        return off("no --step_mask")
+        return not_given("--step_mask")
     if args.step_mask_gain is not None and not 0 <= args.step_mask_gain <= 1:
         return refused(f"--step_mask_gain {args.step_mask_gain:g}: expected 0 to 1")
     if args.checkpoint.kind == "schnell":

@@ -10,7 +10,7 @@ First of the decoder's steps: the new weights are then laid out like all others.
 """
 
 from utils.errors import UserError
-from utils.steps import Verdict, off, on
+from utils.steps import Verdict, not_given, on
 
 NAME = "subpixel_upsampling"
 AFTER = ()
@@ -30,7 +30,7 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flag: it is arithmetic, right on any device and in any mode."""
     if args.subpixel_upsampling is None:
-        return off("no --subpixel_upsampling")
+        return not_given("--subpixel_upsampling")
     return on(way=args.subpixel_upsampling)
 
 

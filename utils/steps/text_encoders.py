@@ -10,7 +10,7 @@ made and stored as all others.
 After the flags that the compiler reads, before the steps that warm everything up.
 """
 
-from utils.steps import Verdict, compile, inductor_tuning_flags, off, on, refused
+from utils.steps import Verdict, compile, inductor_tuning_flags, not_given, on, refused, uncompiled
 
 NAME = "text_encoders"
 AFTER = ("inductor_tuning_flags",)
@@ -30,13 +30,9 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags: who wants no compiler gets none."""
     if not args.compile_text_encoders:
-        return off("no --compile_text_encoders")
-    if args.compile_export_mode == "disabled":
-        return refused(
-            "--compile_text_encoders: found --compile_export_mode disabled, expected compile or "
-            "export_aoti"
-        )
-    if problem := compile.missing_compiler():
+        return not_given("--compile_text_encoders")
+    problem = uncompiled(args, "--compile_text_encoders") or compile.missing_compiler()
+    if problem:
         return refused(problem)
     return on(**compile.compiler_mode(args))
 
@@ -58,10 +54,6 @@ def apply(pipeline, args) -> None:
     """Compile every block in place, or leave that to export_aoti; the first call warms them up."""
     if args.compile_export_mode == "export_aoti":
         return
-    import torch
-
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, compile.KINDS_OF_CALL)
     how = {
         "fullgraph": True,
         "dynamic": compile.dynamic(args.machine),

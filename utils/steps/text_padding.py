@@ -8,7 +8,8 @@ eight. Before anything that records or compiles, so that the warm-up has the run
 
 import functools
 
-from utils.steps import Verdict, off, on
+from utils import guidance
+from utils.steps import Verdict, not_given, on
 
 NAME = "text_padding"
 AFTER = ()
@@ -29,7 +30,7 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Decide from the flags alone."""
     if not args.drop_text_padding:
-        return off("no --drop_text_padding")
+        return not_given("--drop_text_padding")
     return on(lossless=False, multiple=MULTIPLE)
 
 
@@ -41,8 +42,6 @@ def bucket(tokenizer, prompts: list[str], most: int) -> int:
 
 def apply(pipeline, args) -> None:
     """Shorten what encode_prompt is asked for; embeddings that are given stay as they are."""
-    from utils import guidance
-
     encode = pipeline.encode_prompt
 
     @functools.wraps(encode)

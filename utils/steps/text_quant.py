@@ -9,7 +9,7 @@ Beside `quant`, before `memory` places the weights and the compiler sees them.
 """
 
 from utils.errors import UserError
-from utils.steps import Verdict, off, on, quant, refused, unavailable
+from utils.steps import Verdict, not_given, on, quant, refused, unavailable
 
 NAME = "text_quant"
 AFTER = ("quant",)
@@ -29,7 +29,7 @@ def add_flags(parser) -> None:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.quant_text_encoder:
-        return off("no --quant_text_encoder")
+        return not_given("--quant_text_encoder")
     if args.disable_quant:
         return refused("--quant_text_encoder: found --disable_quant; leave out one of the two")
     if reason := quant.lacking(args.machine):

@@ -14,7 +14,7 @@ from utils.hardware import Machine
 from utils.steps import (
     Verdict,
     missing_triton,
-    off,
+    not_given,
     on,
     persistent_tma,
     quant,
@@ -46,7 +46,7 @@ def lacking(machine: Machine) -> str:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.triton_float8:
-        return off("no --triton_float8")
+        return not_given("--triton_float8")
     if reason := lacking(args.machine):
         return unavailable(reason)
     float8 = quant.check(args)

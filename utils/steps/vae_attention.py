@@ -7,7 +7,7 @@ some 26 GB through the second level cache, ours 3.2 GB through the memory. Unmea
 
 from utils.errors import UserError
 from utils.hardware import Machine
-from utils.steps import Verdict, off, on, unavailable
+from utils.steps import Verdict, not_given, on, unavailable
 
 NAME = "vae_attention"
 AFTER = ("fused_projections",)
@@ -31,7 +31,7 @@ def lacking(machine: Machine) -> str:
 def check(args) -> Verdict:
     """Say what the step will do in this run."""
     if not args.vae_attention:
-        return off("no --vae_attention")
+        return not_given("--vae_attention")
     if reason := lacking(args.machine):
         return unavailable(reason)
     return on()
