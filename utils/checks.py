@@ -60,7 +60,7 @@ def path_problems(args) -> list[str]:
         if value is None:
             continue
         try:
-            problem = _file_problem(Path(value), ROOM + (flag == "output_file") * _ending(args))
+            problem = file_problem(Path(value), ROOM + (flag == "output_file") * _ending(args))
         except OSError as error:
             problem = f"cannot be written ({error.strerror})"
         if not problem and flag == "output_file" and Path(value).suffix.lower() != ".png":
@@ -83,7 +83,8 @@ def _ending(args) -> int:
     return max((24 + len(os.fsencode(text.rpartition("/")[2])) for text in given), default=0)
 
 
-def _file_problem(path: Path, room: int) -> str:
+def file_problem(path: Path, room: int = ROOM) -> str:
+    """Say why a file cannot be written under a temporary name and renamed; "" if it can."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist"
     longest = os.pathconf(path.parent, "PC_NAME_MAX") - room
@@ -99,8 +100,6 @@ def _file_problem(path: Path, room: int) -> str:
 def _folder_problem(folder: Path) -> str:
     """Look at a folder, or at the nearest one above it, in which it would be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if any(len(os.fsencode(part)) > os.pathconf("/", "PC_NAME_MAX") for part in folder.parts):
-        return "cannot be written (File name too long)"
     if not there.is_dir():
         what = "is a file" if there == folder else f"{there} is a file"
         return f"{what} (expected a folder)"

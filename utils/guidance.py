@@ -8,8 +8,7 @@ its flags are given, since diffusers ignores either one alone.
 Source: Ho and Salimans 2022, arXiv:2207.12598; diffusers 0.42, pipeline_flux.py
 """
 
-import math
-
+MOST_SCALE = 1000  # far beyond any use; from 1e20 on numbers overflow, and pictures are black
 COST = "true CFG runs the transformer twice in every step"
 
 
@@ -36,9 +35,11 @@ def problems(args) -> list[str]:
 
 def _guidance_problems(args) -> list[str]:
     scale = args.guidance_scale
-    if scale is None or 0 <= scale < math.inf:
+    if scale is None or 0 <= scale <= MOST_SCALE:
         return []
-    return [f"--guidance_scale {scale:g}: expected a finite number, 0 or more"]
+    return [
+        f"--guidance_scale {scale:g}: expected a finite number, 0 or more, {MOST_SCALE} at most"
+    ]
 
 
 def _true_cfg_problems(args) -> list[str]:
@@ -55,9 +56,10 @@ def _true_cfg_problems(args) -> list[str]:
             f"--true_cfg_scale {scale:g}: has no effect without --negative_prompt (may be empty: "
             "''); give both or neither"
         ]
-    if not 1 < scale < math.inf:
+    if not 1 < scale <= MOST_SCALE:
         return [
-            f"--true_cfg_scale {scale:g}: expected a finite number above 1 (at 1 there is none)"
+            f"--true_cfg_scale {scale:g}: expected a finite number above 1 (at 1 there is none), "
+            f"{MOST_SCALE} at most"
         ]
     return []
 
