@@ -7,12 +7,13 @@ layers, built without weights from its config, and whatever has no place is an e
 """
 
 import hashlib
-import logging
-import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.guidance import MOST_SCALE
+from utils.quiet import heard
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # of a hub repository, as diffusers names it
 MAX_LISTED = 8  # names in one error
@@ -35,17 +36,21 @@ class Lora:
 def split(text: str) -> tuple[str, float]:
     """Part `PATH_OR_ID[:WEIGHT]`.
 
-    Raises: UserError for a weight that is no finite number
+    Raises: UserError for a weight that is no number, or overflows
     """
     name, colon, last = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or os.path.exists(text):
         return text, 1.0
+    if not name:
+        raise UserError(f"--lora {text}: names no file (expected PATH_OR_ID:0.8)")
     try:
         weight = float(last)
     except ValueError:
         raise UserError(f"--lora {text}: weight {last!r} is no number (PATH_OR_ID:0.8)") from None
-    if not math.isfinite(weight):
-        raise UserError(f"--lora {text}: weight {last}, expected a finite number")
+    if not abs(weight) <= MOST_SCALE:
+        raise UserError(
+            f"--lora {text}: weight {last}, expected a finite number, {MOST_SCALE} at most"
+        )
     return name, weight
 
 
@@ -66,7 +71,7 @@ def locate(name: str) -> Path:
 
     Raises: UserError if there is no such file, or it cannot be had
     """
-    path, parts = Path(name).expanduser(), name.split("/")
+    path, parts = Path(os.path.expanduser(name)), name.split("/")  # ~nobody stays as it is
     if path.is_dir():
         raise UserError(f"--lora {name}: is a folder (expected a .safetensors file in it)")
     if not path.is_file():
@@ -112,7 +117,7 @@ def read(lora: Lora) -> dict:
         )
     if not any("lora" in key.lower() for key in tensors):
         raise UserError(f"--lora {lora.name}: no LoRA: found {_listed(tensors)}")
-    with _warnings() as left_out:
+    with heard("diffusers.loaders") as left_out:  # at the usual level it says nothing
         try:
             converted, alphas = FluxPipeline.lora_state_dict(dict(tensors), return_alphas=True)
         except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
@@ -125,23 +130,6 @@ def read(lora: Lora) -> dict:
 
         converted = convert_unet_state_dict_to_peft(converted)
     return converted | (alphas or {})
-
-
-class _warnings:
-    """Collect what diffusers' loaders warn of; at the usual log level they say nothing."""
-
-    def __enter__(self) -> list[str]:
-        found: list[str] = []
-        self.logger, self.handler = logging.getLogger("diffusers.loaders"), logging.Handler()
-        self.handler.emit = lambda record: found.append(record.getMessage())
-        self.level = self.logger.level
-        self.logger.addHandler(self.handler)
-        self.logger.setLevel(logging.WARNING)
-        return found
-
-    def __exit__(self, *_) -> None:
-        self.logger.removeHandler(self.handler)
-        self.logger.setLevel(self.level)
 
 
 def layers_of(checkpoint) -> dict[str, tuple[int, int]]:
@@ -171,7 +159,8 @@ def problems(lora: Lora, tensors: dict, layers: dict[str, tuple[int, int]]) -> l
         if not part or name not in layers:
             unmatched.append(key)
             continue
-        if not bool(tensor.isfinite().all()):
+        # as float: float8 cannot be asked
+        if not (tensor.is_floating_point() and bool(tensor.float().isfinite().all())):
             bad.append(key)
         out, inner = layers[name]
         up = tensors.get(f"{PREFIX}{name}.lora_B.weight")
@@ -195,7 +184,9 @@ def problems(lora: Lora, tensors: dict, layers: dict[str, tuple[int, int]]) -> l
     if wrong:
         said.append(f"made for another transformer or damaged: {_listed(wrong)}")
     if bad:
-        said.append(f"not finite: {_listed(bad)}")
+        said.append(f"not finite floating-point numbers: {_listed(bad)}")
+    if not said and not adapted(tensors):
+        said.append(f"adapts no layer: found {_listed(tensors)}")
     return [f"--lora {lora.name}: {line}" for line in said]
 
 

@@ -81,8 +81,6 @@ def load_pipeline(args):
     Returns: diffusers.FluxPipeline or FluxKontextPipeline, unchanged by any step.
     Raises: UserError if the weights are missing, damaged or not to be had.
     """
-    import diffusers
-
     from utils import schedulers
     from utils.quiet import no_bars_without_terminal
 
@@ -92,19 +90,41 @@ def load_pipeline(args):
 
         pipeline = build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
-        from safetensors import SafetensorError
-
-        cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
-        source = args.checkpoint.path or args.checkpoint.name
-        other = {"transformer": None} if args.gguf_file else {}  # step gguf brings it
-        try:
-            pipeline = cls.from_pretrained(source, dtype=args.dtype, **other)
-        except (OSError, ValueError, SafetensorError) as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
-        pipeline.to(args.load_device)
+        pipeline = _from_pretrained(args).to(args.load_device)
     schedulers.install(pipeline, args)
     pipeline.set_progress_bar_config(disable=None, leave=False)
+    return pipeline
+
+
+def _from_pretrained(args):
+    """Load the weights of a checkpoint, all of them: both libraries go on with a part.
+
+    What is missing diffusers leaves without memory, and transformers draws at random.
+    """
+    import re
+
+    import diffusers
+    from safetensors import SafetensorError
+
+    from utils.quiet import heard
+
+    cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
+    source = args.checkpoint.path or args.checkpoint.name
+    other = {"transformer": None} if args.gguf_file else {}  # step gguf brings it
+    try:
+        with heard("transformers.modeling_utils") as warned:
+            pipeline = cls.from_pretrained(source, dtype=args.dtype, **other)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
+    missing = re.findall(r"(?m)^(.+?) *\|.*MISSING", "\n".join(warned))
+    for part in filter(None, (pipeline.transformer, pipeline.vae)):
+        missing += [name for name, tensor in part.named_parameters() if tensor.is_meta]
+    if missing:
+        raise UserError(
+            f"--ckpt {args.ckpt}: cannot be loaded: {len(missing)} of its weights are missing "
+            f"({missing[0]}, ...)"
+        )
     return pipeline
 
 

@@ -91,7 +91,10 @@ SCALES = {6: (1, 4), 3: (1,), 2: (0,)}  # parts of a modulation -> which of them
 
 
 def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
-    """Give the config of each component: a folder's own, or the published architecture."""
+    """Give the config of each component: a folder's own, or the published architecture.
+
+    Raises: UserError if one of the folder's cannot be read.
+    """
     if checkpoint.path is None:
         guided = checkpoint.defaults.guidance is not None
         inputs = FILL if checkpoint.kind == "fill" else {}
@@ -104,13 +107,8 @@ def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
         }
         smaller = MID if checkpoint.name == checkpoints.MID else {}
         return {part: config | smaller.get(part, {}) for part, config in published.items()}
-    import json
-
-    names = {"scheduler": "scheduler_config.json"}
-    return {
-        part: json.loads((checkpoint.path / part / names.get(part, "config.json")).read_text())
-        for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
-    }
+    parts = (*PARTS, "scheduler")
+    return {part: checkpoints.folder_config(checkpoint.path, part) for part in parts}
 
 
 def modules(
