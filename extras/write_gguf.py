@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from utils.benchmark_utils import Parser
+from utils.checks import file_problem
 from utils.errors import UserError, run_script
 
 TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "BF16", "F16")
@@ -31,11 +32,11 @@ def write(folder: Path, path: Path, kind: str, encode=quantize) -> dict[str, int
     """Write the transformer in `folder` (diffusers' layout); the file is there whole or not at all.
 
     Returns: how many tensors are of each type
-    Raises: UserError if there are no weights.
+    Raises: UserError if there are no weights, or damaged ones.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     weights_files = sorted(folder.glob("*.safetensors"))
     if not weights_files:
@@ -63,6 +64,9 @@ def write(folder: Path, path: Path, kind: str, encode=quantize) -> dict[str, int
         writer.write_tensors_to_file()
         writer.close()
         temporary.replace(path)
+    except SafetensorError as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"--ckpt: {file} cannot be read ({why})") from None
     finally:
         temporary.unlink(missing_ok=True)
     return dict(counts)
@@ -89,10 +93,9 @@ def main() -> None:
     parser.add_argument("--output-file", required=True, help="name ending in .gguf")
     args = parser.parse_args()
     path = Path(args.output_file)
-    if path.suffix != ".gguf" or not path.parent.is_dir():
-        raise UserError(
-            f"--output-file {path}: expected a name ending in .gguf in a folder that exists"
-        )
+    problem = "" if path.suffix == ".gguf" else "expected a name ending in .gguf"
+    if problem := problem or file_problem(path):
+        raise UserError(f"--output-file {path}: {problem}")
     counts = write(transformer_folder(args.ckpt), path, args.type)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MiB ({kinds})")

@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import create_parser, refuse_given
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 from utils.schedulers import SOLVERS
@@ -134,12 +134,15 @@ def main() -> None:
     args = parser().parse_args(argv)
     if args.scheduler or args.sigmas or args.true_cfg_scale or args.lora:
         raise UserError("--scheduler, --sigmas, --true_cfg_scale, --lora: the sweep is without")
+    unheard = ("prompt", "num_inference_steps", "output_file")
+    refuse_given(args, unheard, "the sweep has its own prompts and steps, and keeps no picture")
+    applied = ("gguf_file", "step_mask", "cache_dit_config", "memory")
+    refuse_given(args, applied, "the sweep measures the solver alone, and applies no step")
     quiet_libraries()
     from utils.artifacts import write_atomically
     from utils.report import fill
 
     path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = measure(argv, STEPS)
     write_atomically(path, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     print(table(found))

@@ -11,6 +11,7 @@ Rows are appended to results/startup/<machine>.jsonl; the table is printed, and 
 utils.readme` puts it into docs/packages.md.
 """
 
+import copy
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import create_parser, refuse_given
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
@@ -175,13 +176,22 @@ def main() -> None:
     if args.images < 1:
         raise UserError(f"--images {args.images}: expected 1 or more")
     if args.once:
+        if STARTED not in os.environ:
+            raise UserError(f"--once: found no {STARTED}; it is for the processes of this command")
         print(json.dumps(start_once(args), ensure_ascii=False))
         return
+    refuse_given(
+        args,
+        ("output_file", "compile_export_mode"),
+        "a start keeps no picture, and --starts has its mode",
+    )
     names = [name.strip() for name in args.starts.split(",")]
     if unknown := [name for name in names if name not in STARTS]:
         raise UserError(f"--starts: unknown {unknown[0]!r} (expected some of: {', '.join(STARTS)})")
     from utils import results, series
+    from utils.prepare import settle_call
 
+    settle_call(copy.copy(args))  # each start settles what was typed for itself
     path = series.results_path(args)
     if not args.results:
         path = path.parent / "startup" / path.name
