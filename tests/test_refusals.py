@@ -24,6 +24,10 @@ REFUSALS = {
     "many steps": (["--num_inference_steps", "1001"], "expected at most 1000"),
     "text": (["--max_sequence_length", "513"], "expected at most 512"),
     "seed": (["--seed", "-1"], "--seed -1: expected 0 or more"),
+    "last seed": (
+        ["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"],
+        "--seed 9223372036854775807: expected less than 2**63 (of 2 images the last one's)",
+    ),
     "empty prompt": (["--prompt", " "], "--prompt: empty"),
     "no prompt": (["--prompt", ""], "--prompt: empty"),
     "no text": (["--prompt", "caf\udce9"], "--prompt 'caf\\udce9': has bytes that are no UTF-8"),

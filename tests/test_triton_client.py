@@ -41,7 +41,11 @@ def test_no_answer_is_waited_for_longer_than_the_server_may_take():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--height", "99999999999"), "--height 99999999999: expected at most 2147483647"),
+        (
+            ("--height", "99999999999"),
+            "--height 99999999999: expected a number, 2147483647 at most",
+        ),
+        (("--guidance_scale", "1e39"), "--guidance_scale 1e+39: expected a number, 3.40"),
         (("--output-file", "no/such/x.png"), "the folder no/such does not exist"),
         (("--output-file", "x.jpg"), "expected a name ending in .png"),
     ],
@@ -57,6 +61,8 @@ def test_what_no_request_can_say_is_refused(flags, expected, monkeypatch):
     ("flags", "expected"),
     [
         (("--batch-sizes", "1,\u00b2"), "--batch-sizes 1,\u00b2: expected numbers, 1 among them"),
+        (("--write-repository", "/proc/x"), "the folder /proc cannot be written"),
+        (("--log", "/proc/x"), "--log /proc/x: the folder /proc cannot be written"),
         (("--watch", "inf"), "--watch inf: expected 0.1 to 86400"),
         (("--timeout", "nan"), "--timeout nan: expected 1 to 86400"),
         (("--http_port", "8500", "--grpc_port", "8500"), "found one port twice, expected three"),

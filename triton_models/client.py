@@ -112,8 +112,12 @@ class Client:
         for name, value in fields.items():
             kind, dtype = TYPES[name]
             values = value if isinstance(value, list) else [value]
-            if dtype.startswith("int") and not all(abs(v) <= np.iinfo(dtype).max for v in values):
-                raise UserError(f"--{name} {value}: expected at most {np.iinfo(dtype).max}")
+            if kind.startswith(("INT", "FP")):
+                most = (
+                    np.iinfo(dtype).max if dtype.startswith("int") else float(np.finfo(dtype).max)
+                )
+                if not all(abs(v) <= most for v in values):
+                    raise UserError(f"--{name} {value}: expected a number, {most} at most")
             values = [v.encode() if isinstance(v, str) else v for v in values]
             tensor = self.grpc.InferInput(name, [len(values)], kind)
             tensor.set_data_from_numpy(np.array(values, dtype=dtype))
@@ -200,7 +204,8 @@ def main() -> None:
         with Client(port, host) as client:
             images = client.generate(on_step=on_step, **fields)
     except ServerError as error:
-        raise UserError(f"{error.code}: {error}" if error.code else str(error)) from None
+        where = error.code or f"--host {host}, --grpc-port {port}"
+        raise UserError(f"{where}: {error}") from None
     except queue.Empty:
         raise UserError(f"no answer within {SILENCE_S:g} s; ask again") from None
     for k, image in enumerate(images):

@@ -25,6 +25,7 @@ from triton_models import repository
 from triton_models.client import Client, missing_package
 from triton_models.parts import HEALTH, MODELS, ROOT
 from utils.benchmark_utils import Parser
+from utils.checks import file_problem
 from utils.errors import signals_later
 
 STOP_S = 30
@@ -84,10 +85,8 @@ def problems_of(args: argparse.Namespace) -> list[str]:
         folder = args.write_repository
         if folder.exists():
             problems.append(f"--write-repository {folder}: exists already")
-        elif not folder.parent.is_dir():
-            problems.append(
-                f"--write-repository {folder}: the folder {folder.parent} does not exist"
-            )
+        elif problem := file_problem(folder):
+            problems.append(f"--write-repository {folder}: {problem}")
         return problems
     if problem := missing_package():  # asks whether the server is ready, and then watches it
         problems.append(problem)
@@ -99,8 +98,8 @@ def problems_of(args: argparse.Namespace) -> list[str]:
     made_by = sorted(path.name for path in args.env.glob("lib/python3*"))
     if made_by and repository.VERSION not in made_by:
         problems.append(f"--env {args.env}: found {made_by[0]}, expected {repository.VERSION}")
-    if args.log and not args.log.parent.is_dir():
-        problems.append(f"--log {args.log}: the folder {args.log.parent} does not exist")
+    if args.log and (problem := file_problem(args.log)):
+        problems.append(f"--log {args.log}: {problem}")
     ports = {"--http-port": args.http_port, "--grpc-port": args.grpc_port}
     ports |= {"--metrics-port": args.metrics_port}
     if len(set(ports.values())) < len(ports):

@@ -44,8 +44,10 @@ def number_problems(args) -> list[str]:
             problems.append(f"--{flag} {value}: expected {least} or more")
         elif value is not None and value > most:
             problems.append(f"--{flag} {value}: expected at most {most}")
-    if args.seed >= 2**63:
-        problems.append(f"--seed {args.seed}: expected less than 2**63")
+    images = len(args.prompt or (None,)) * max(args.num_images_per_prompt, 1)
+    if args.seed + images > 2**63:  # the last image's has to be a --seed, too
+        last = f" (of {images} images the last one's)" if images > 1 else ""
+        problems.append(f"--seed {args.seed}: expected less than 2**63{last}")
     for prompt in args.prompt or ():
         if not prompt.strip():
             problems.append("--prompt: empty (expected some words)")

@@ -11,7 +11,6 @@ Rows are appended to results/startup/<machine>.jsonl; the table is printed, and 
 utils.readme` puts it into docs/packages.md.
 """
 
-import copy
 import json
 import os
 import resource
@@ -189,9 +188,10 @@ def main() -> None:
     if unknown := [name for name in names if name not in STARTS]:
         raise UserError(f"--starts: unknown {unknown[0]!r} (expected some of: {', '.join(STARTS)})")
     from utils import results, series
-    from utils.prepare import settle_call
+    from utils.prepare import prepare
 
-    settle_call(copy.copy(args))  # each start settles what was typed for itself
+    for name in names:  # each start will say it too, behind seconds of imports
+        prepare(parser.parse_args([*sys.argv[1:], *STARTS[name]]))
     path = series.results_path(args)
     if not args.results:
         path = path.parent / "startup" / path.name
