@@ -101,8 +101,8 @@ def test_a_comparison_refuses_before_it_draws(flags, expected):
 def test_a_comparison_appends_its_rows(tmp_path, monkeypatch):
     """Its --pictures is a count; run_benchmark.py's is a folder, which is looked at."""
     rows = tmp_path / "rows.jsonl"
-    few = ("--pictures", "1", "--sizes", "64", "--results", str(rows))
-    monkeypatch.setattr("sys.argv", ["compare_stages", *OFF, *few])
+    few = ("--device", "cpu", "--pictures", "1", "--sizes", "64", "--results", str(rows))
+    monkeypatch.setattr("sys.argv", ["compare_stages", *few])
     compare_stages.main()
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [(row["how"], row["size"], row["pictures"]) for row in found] == [
