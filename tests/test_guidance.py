@@ -69,6 +69,7 @@ def test_every_step_keeps_its_picture(mode, reference, tmp_path):
     ("flags", "expected"),
     [
         (CFG[:2], "--true_cfg_scale 3: has no effect without --negative_prompt"),
+        (("--negative_prompt", "x" * 61), f"--negative_prompt '{'x' * 60}...': has no effect"),
         (CFG[2:], "--negative_prompt 'a large blue ring': has no effect without --true_cfg_scale"),
         (("--true_cfg_scale", "1", *CFG[2:]), "expected a finite number above 1"),
         (("--true_cfg_scale", "nan", *CFG[2:]), "nan: expected a finite number above 1"),

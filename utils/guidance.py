@@ -9,6 +9,7 @@ Source: Ho and Salimans 2022, arXiv:2207.12598; diffusers 0.42, pipeline_flux.py
 """
 
 MOST_SCALE = 1000  # far beyond any use; from 1e20 on numbers overflow, and pictures are black
+MOST_SHOWN = 60  # letters of a prompt in a message
 COST = "true CFG runs the transformer twice in every step"
 
 
@@ -45,8 +46,9 @@ def _guidance_problems(args) -> list[str]:
 def _true_cfg_problems(args) -> list[str]:
     scale, negative = args.true_cfg_scale, args.negative_prompt
     if scale is None and negative is not None:
+        shown = negative if len(negative) <= MOST_SHOWN else negative[:MOST_SHOWN] + "..."
         return [
-            f"--negative_prompt {negative!r}: has no effect without --true_cfg_scale (such as 2; "
+            f"--negative_prompt {shown!r}: has no effect without --true_cfg_scale (such as 2; "
             f"{COST}); give both or neither"
         ]
     if scale is None:
