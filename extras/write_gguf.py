@@ -38,7 +38,7 @@ def write(folder: Path, path: Path, kind: str, encode=quantize) -> dict[str, int
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
     from safetensors import SafetensorError, safe_open
 
-    weights_files = sorted(folder.glob("*.safetensors"))
+    weights_files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not weights_files:
         raise UserError(f"--ckpt: found no *.safetensors in {folder}")
     block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]

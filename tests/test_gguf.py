@@ -258,6 +258,10 @@ def test_the_writer_refuses_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"found no .*safetensors in"):  # nor an empty file
         write(tmp_path, tmp_path / "x.gguf", "Q8_0")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"found no .*safetensors in"):
+        write(tmp_path, tmp_path / "x.gguf", "Q8_0")
+    (tmp_path / "folder.safetensors").rmdir()
     (tmp_path / "cut.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"cut\.safetensors cannot be read \("):
         write(tmp_path, tmp_path / "x.gguf", "Q8_0")
