@@ -63,8 +63,10 @@ def parse_arguments():
     args = parser.parse_args()
     series = [name for name in SERIES if getattr(args, name)]
     args.series = series[0] if series else None
-    if len(series) > 1:
-        raise UserError(f"{', '.join(f'--{name}' for name in series)}: expected one of them")
+    instead = ["compare"] * bool(args.compare) + ["explain"] * (args.explain is not None)
+    if len(series + instead) > 1:
+        named = ", ".join(f"--{name}" for name in series + instead)
+        raise UserError(f"{named}: expected one of them")
     if args.rows and not series:
         raise UserError(f"--rows: expected together with {', '.join(f'--{s}' for s in SERIES)}")
     if args.swap_loras:

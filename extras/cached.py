@@ -172,8 +172,8 @@ def main() -> None:
 
     start = time.perf_counter()
     prepare(args)
+    identity = request_identity(args)  # may refuse --cache-dir, before the other folder is made
     root = embeddings.open_cache(args, "--request_cache")
-    identity = request_identity(args)
     pictures, lines = find_pictures(root, identity)
     if not pictures:
         with artifacts.building(root, identity) as scratch:  # a second process waits, then finds it

@@ -5,13 +5,14 @@ pictures back. On a CPU seconds are those of the process, so that a busy machine
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
 from pathlib import Path
 
 from extras import stages
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import create_parser, refuse_given
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
@@ -24,10 +25,31 @@ def parse(argv: list[str] | None = None):
     stages.add_flags(parser)
     add = parser.add_argument_group("comparison").add_argument
     add("--sizes", type=int, nargs="+", default=[128, 192, 256], help="edges, pixels")
-    add("--pictures", type=int, default=20, help="held-out prompts")
+    # not dest="pictures": that is run_benchmark.py's folder, which prepare() looks at
+    add("--pictures", dest="count", type=int, default=20, help="held-out prompts")
     add("--page", type=Path, help="put the table between this page's markers")
     add("--results", type=Path, default=RESULTS, help="file to which rows are appended")
     return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would fail behind the first pictures.
+
+    Raises: UserError with one line per problem.
+    """
+    from utils import checks
+
+    refuse_given(args, ("prompt", "height", "width", "seed"), "the comparison sets them itself")
+    problems = [f"--pictures {args.count}: expected 1 or more"] * (args.count < 1)
+    for size in args.sizes:
+        square = copy.copy(args)
+        square.height = square.width = size
+        wrong = [line for line in checks.number_problems(square) if line.startswith("--height")]
+        problems += [line.replace("--height", "--sizes") for line in wrong]
+    if args.page and not args.page.is_file():
+        problems.append(f"--page {args.page}: no such file")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def compare(args: argparse.Namespace, run: stages.Stages, size: int, prompts: list) -> list[dict]:
@@ -98,14 +120,15 @@ def main() -> None:
     from utils import card
     from utils.prepare import announce_and_load, prepare
 
+    check(args)
     prepare(args)
     if args.checkpoint.source != "bundled":
         raise UserError(f"--ckpt {args.ckpt}: expected a bundled one, whose pictures can be read")
     pipeline, _ = announce_and_load(args)
     run = stages.Stages(pipeline, args)
     run.optimize()
-    prompts = held_out_prompts(args.pictures, seed=2026)
-    about = {"command": card.command(), "ckpt": args.ckpt, "pictures": args.pictures}
+    prompts = held_out_prompts(args.count, seed=2026)
+    about = {"command": card.command(), "ckpt": args.ckpt, "pictures": args.count}
     about |= {"num_inference_steps": args.num_inference_steps}
     rows = [row for size in args.sizes for row in compare(args, run, size, prompts)]
     lines = [json.dumps(about | row | {"environment": card.environment(args)}) for row in rows]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.artifacts import replacing
 from utils.errors import UserError
-from utils.prepare import to_rgb
+from utils.prepare import BROKEN, to_rgb
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MOST_PIXELS = {"JPEG": 65_535, "WEBP": 16_383}  # along an edge, by the formats themselves
@@ -41,7 +41,7 @@ def open_picture(path: str | Path) -> tuple:
             return to_rgb(ImageOps.exif_transpose(opened)), about
     except UnidentifiedImageError:
         raise UserError(f"IMAGE {path}: not an image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"IMAGE {path}: cannot be read ({why})") from None
 

@@ -64,7 +64,7 @@ def read_styles(path: str | Path = STYLES) -> dict[str, str]:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--styles {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, a date
         raise UserError(f"--styles {path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise UserError(f"--styles {path}: found {type(found).__name__}, expected names: templates")

@@ -17,6 +17,7 @@ from pathlib import Path
 from extras.pictures import MOST_PIXELS, format_of, open_picture, save_picture
 from extras.tiles import ALIGN, count, receptive_radius, run_tiled
 from utils.benchmark_utils import Parser
+from utils.checks import file_problem
 from utils.errors import UserError, run_script
 
 ENDINGS = (".pth", ".ckpt", ".safetensors")
@@ -144,8 +145,8 @@ def parse_arguments():
         problems.append(f"--overlap {args.overlap}: expected 0 or more")
     if not 1 <= args.quality <= 100:
         problems.append(f"--quality {args.quality}: expected 1 to 100")
-    if not Path(args.output_file).parent.is_dir():
-        problems.append(f"--output-file {args.output_file}: its folder does not exist")
+    if problem := file_problem(Path(args.output_file)):
+        problems.append(f"--output-file {args.output_file}: {problem}")
     if problems:
         raise UserError("\n".join(problems))
     args.format = format_of(args.output_file, "--output-file")

@@ -6,10 +6,12 @@ Names are diffusers' own. The gguf package writes these types; K-quants it can o
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils.artifacts import replacing
 from utils.benchmark_utils import Parser
+from utils.checks import file_problem
 from utils.errors import UserError, run_script
 
 TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "BF16", "F16")
@@ -31,37 +33,47 @@ def write(folder: Path, path: Path, kind: str, encode=quantize) -> dict[str, int
     """Write the transformer in `folder` (diffusers' layout); the file is there whole or not at all.
 
     Returns: how many tensors are of each type
-    Raises: UserError if there are no weights.
+    Raises: UserError if there are no weights, or damaged ones.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-    from safetensors import safe_open
 
-    weights_files = sorted(folder.glob("*.safetensors"))
+    weights_files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not weights_files:
         raise UserError(f"--ckpt: found no *.safetensors in {folder}")
     block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
     counts = Counter()
     with replacing(path) as new:
         writer = GGUFWriter(new, "flux")
-        for file in weights_files:
-            with safe_open(file, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  not a dict
-                    tensor = weights.get_tensor(name).float().numpy()
-                    used = "F32" if tensor.ndim < 2 else "F16" if tensor.shape[1] % block else kind
-                    counts[used] += 1
-                    if used == "F32":
-                        writer.add_tensor(name, tensor)
-                    elif used == "F16":
-                        writer.add_tensor(name, tensor.astype(np.float16))
-                    else:
-                        raw = GGMLQuantizationType[used]
-                        writer.add_tensor(name, encode(tensor, used), raw_dtype=raw)
+        for name, tensor in _tensors(weights_files):
+            used = "F32" if tensor.ndim < 2 else "F16" if tensor.shape[1] % block else kind
+            counts[used] += 1
+            if used == "F32":
+                writer.add_tensor(name, tensor)
+            elif used == "F16":
+                writer.add_tensor(name, tensor.astype(np.float16))
+            else:
+                raw = GGMLQuantizationType[used]
+                writer.add_tensor(name, encode(tensor, used), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
     return dict(counts)
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple]:
+    """Read every weight by name, as fp32."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  not a dict
+                    yield name, weights.get_tensor(name).float().numpy()
+        except SafetensorError as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"--ckpt: {file} cannot be read ({why})") from None
 
 
 def transformer_folder(ckpt: str) -> Path:
@@ -85,10 +97,9 @@ def main() -> None:
     parser.add_argument("--output-file", required=True, help="name ending in .gguf")
     args = parser.parse_args()
     path = Path(args.output_file)
-    if path.suffix != ".gguf" or not path.parent.is_dir():
-        raise UserError(
-            f"--output-file {path}: expected a name ending in .gguf in a folder that exists"
-        )
+    problem = "" if path.suffix == ".gguf" else "expected a name ending in .gguf"
+    if problem := problem or file_problem(path):
+        raise UserError(f"--output-file {path}: {problem}")
     counts = write(transformer_folder(args.ckpt), path, args.type)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MiB ({kinds})")

@@ -82,6 +82,8 @@ def test_our_own_file_is_read_to_the_last_key():
         ("cache_type: DBPrune", "cache_type: expected DBCache"),
         ("- 1", "found list, expected keys and values"),
         ("a: [", "while parsing"),
+        ("a: " + "[" * 5000, "no YAML: maximum recursion depth exceeded"),
+        ("a: 2020-99-99", "no YAML: month must be in 1..12"),
     ],
 )
 def test_wrong_files_are_refused_in_one_line(text, expected, tmp_path):

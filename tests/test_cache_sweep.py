@@ -90,6 +90,10 @@ def test_the_front_is_what_nothing_cheaper_beats():
     ("flags", "expected"),
     [
         (("--ckpt", "tiny-schnell"), "Schnell's four steps are all different"),
+        (
+            ("--prompt", "a ring", "--output-file", "x.png"),
+            "--prompt, --output_file: the sweep has",
+        ),
         (("--step_mask", "fast"), "the sweep sets them itself"),
         (("--random_weights",), "their pictures mean nothing"),
         (("--points", "all"), "unknown point 'all'"),

@@ -148,6 +148,8 @@ def edited(path, folder, **fields):
         ({"mask": 7}, (), "damaged"),
         ({"weights": {"2": [1.0]}}, (), "its weights are not those of its mask"),
         ({"weights": [1.0]}, (), "damaged"),
+        ({"mask": [*"111111111"], "weights": {}}, (), "damaged (its weights are not those of"),
+        ({"mask": "111111110", "weights": {"8": [float("nan")]}}, (), "a weight is not finite"),
         ({"surprise": 1}, (), "damaged"),
     ],
 )
@@ -164,7 +166,8 @@ def test_the_command_needs_no_torch_to_refuse_a_flag():
 
 def test_no_file_and_no_json_are_one_line(tmp_path):
     (tmp_path / "broken.json").write_text("{")
-    for name in ("missing.json", "broken.json"):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name in ("missing.json", "broken.json", "deep.json"):
         with pytest.raises(UserError, match="cannot be read") as refusal:
             make_args(*SHORT, "--step_mask", str(tmp_path / name))
         assert len(str(refusal.value).splitlines()) == 1
@@ -176,6 +179,10 @@ def test_no_file_and_no_json_are_one_line(tmp_path):
         (("--computed", "9"), "--computed 9: expected 1 to 8 of 9 steps"),
         (("--computed", "0"), "--computed 0: expected 1 to 8 of 9 steps"),
         (("--random_weights",), "--random_weights: a mask belongs to the weights"),
+        (
+            ("--output-file", "x.png"),
+            "--output_file: the calibration keeps no picture; leave it out",
+        ),
         (("--step_mask", "medium"), "the calibration sets the mask itself"),
         (("--ckpt", "tiny-schnell"), "distilled steps"),
         (("--scheduler", "unipc"), "--step_mask"),

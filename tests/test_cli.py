@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,53 @@ def test_damaged_checkpoint_config_is_one_line(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
     with pytest.raises(UserError, match="found a OtherPipeline"):
         make_args("--ckpt", str(tmp_path), "--device", "cpu")
+
+
+def edited(folder: Path, part: str, **fields) -> str:
+    """Copy a bundled checkpoint and change the config of one part."""
+    shutil.copytree(ROOT / "tiny_flux" / "tiny-schnell", folder)
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "expected"),
+    [
+        ("vae", {"sample_size": 100}, "sample_size 100, expected pixels, a whole number divisible"),
+        ("vae", {"sample_size": "big"}, "sample_size 'big', expected pixels"),
+        ("vae", {"block_out_channels": "x"}, "its configs describe no FLUX.1 model (TypeError"),
+        ("transformer", {"num_layers": "x"}, "its configs describe no FLUX.1 model (TypeError"),
+        ("text_encoder", {"hidden_size": "x"}, "its configs describe no FLUX.1 model (ValueError"),
+    ],
+)
+def test_configs_of_another_kind_are_one_line(part, fields, expected, tmp_path):
+    with pytest.raises(UserError) as refusal:
+        make_args("--device", "cpu", "--ckpt", edited(tmp_path / "model", part, **fields))
+    assert expected in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("model_index.json", "[]", "model_index.json: found list, expected keys and values"),
+        ("vae/config.json", "null", "the vae's config: found NoneType, expected keys and values"),
+        ("text_encoder/config.json", "{", "the text_encoder's config cannot be read"),
+        ("scheduler/scheduler_config.json", None, "the scheduler's config cannot be read"),
+        ("tokenizer", None, "no folder tokenizer in it (expected diffusers' layout)"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_one_line(file, text, expected, tmp_path):
+    path = Path(edited(tmp_path / "model", "vae")) / file
+    if text is not None:
+        path.write_text(text)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(UserError) as refusal:
+        make_args("--device", "cpu", "--ckpt", str(tmp_path / "model"))
+    assert expected in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
 
 
 def test_weights_larger_than_the_memory_are_refused_before_they_are_built(as_machine):

@@ -1,11 +1,13 @@
 """Stages: sizes, shares, plain diffusers' pictures, refusals."""
 
+import json
+
 import numpy as np
 import pytest
 from derived_pieces import OFF, PROMPT, by_diffusers, plain
 from PIL import Image
 
-from extras import stages
+from extras import compare_stages, stages
 from utils.errors import UserError
 
 LARGE = ("--height", "192", "--width", "160")
@@ -79,3 +81,31 @@ def test_refusals(flags, expected):
     with pytest.raises(UserError) as error:
         stages.check(stages.parse(list(flags)))
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--pictures", "0"), "--pictures 0: expected 1 or more"),
+        (("--sizes", "128", "100"), "--sizes 100: not divisible by 16 (nearest: 96)"),
+        (("--height", "256"), "--height: the comparison sets them itself; leave it out"),
+        (("--page", "no.md"), "--page no.md: no such file"),
+    ],
+)
+def test_a_comparison_refuses_before_it_draws(flags, expected):
+    with pytest.raises(UserError) as error:
+        compare_stages.check(compare_stages.parse(list(flags)))
+    assert str(error.value) == expected
+
+
+def test_a_comparison_appends_its_rows(tmp_path, monkeypatch):
+    """Its --pictures is a count; run_benchmark.py's is a folder, which is looked at."""
+    rows = tmp_path / "rows.jsonl"
+    few = ("--device", "cpu", "--pictures", "1", "--sizes", "64", "--results", str(rows))
+    monkeypatch.setattr("sys.argv", ["compare_stages", *few])
+    compare_stages.main()
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["how"], row["size"], row["pictures"]) for row in found] == [
+        ("single", 64, 1),
+        ("stages", 64, 1),
+    ]

@@ -247,13 +247,25 @@ def test_the_documented_commands_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_writer_refuses_in_one_line(tmp_path, monkeypatch):
-    for name in ("x.bin", str(tmp_path / "no" / "x.gguf")):
+    for name, expected in (
+        ("x.bin", r"expected a name ending in \.gguf"),
+        (str(tmp_path / "no" / "x.gguf"), "no does not exist"),
+        ("/proc/x.gguf", "the folder /proc cannot be written"),
+    ):
         monkeypatch.setattr(sys, "argv", ["write_gguf", "--output-file", name])
-        with pytest.raises(UserError, match=r"expected a name ending in \.gguf in a"):
+        with pytest.raises(UserError, match=expected):
             write_gguf.main()
     with pytest.raises(UserError, match=r"found no .*safetensors in"):  # nor an empty file
         write(tmp_path, tmp_path / "x.gguf", "Q8_0")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"found no .*safetensors in"):
+        write(tmp_path, tmp_path / "x.gguf", "Q8_0")
+    (tmp_path / "folder.safetensors").rmdir()
+    (tmp_path / "cut.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"cut\.safetensors cannot be read \("):
+        write(tmp_path, tmp_path / "x.gguf", "Q8_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.safetensors"]
 
 
 def test_a_home_folder_is_no_repository(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """True classifier-free guidance: only if asked for, diffusers' own picture, counted as it costs."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_args, optimized
@@ -67,6 +69,7 @@ def test_every_step_keeps_its_picture(mode, reference, tmp_path):
     ("flags", "expected"),
     [
         (CFG[:2], "--true_cfg_scale 3: has no effect without --negative_prompt"),
+        (("--negative_prompt", "x" * 61), f"--negative_prompt '{'x' * 60}...': has no effect"),
         (CFG[2:], "--negative_prompt 'a large blue ring': has no effect without --true_cfg_scale"),
         (("--true_cfg_scale", "1", *CFG[2:]), "expected a finite number above 1"),
         (("--true_cfg_scale", "nan", *CFG[2:]), "nan: expected a finite number above 1"),
@@ -93,3 +96,16 @@ def test_it_is_told_and_counted():
         assert rows[0][stage]["flop"] == rows[1][stage]["flop"]  # of one run
     once = rows[0]["prompt_encoding"]["flop"] + 3 * rows[0]["denoising_step"]["flop"]
     assert rows[1]["call"]["flop"] - rows[0]["call"]["flop"] == once
+
+
+def test_an_image_of_a_batch_is_told_like_its_single_image(tmp_path):
+    from PIL import Image
+
+    from utils.images import save_images
+
+    file, two = str(tmp_path / "x.png"), ("--prompt", "a ring", "--prompt", "a star")
+    args = make_args("--device", "cpu", *DEV, *CFG, *two, "--output-file", file)
+    save_images([Image.new("RGB", (16, 16))] * 2, args)
+    for k in range(2):
+        with Image.open(tmp_path / f"x_{k}.png") as image:
+            assert json.loads(image.text["call"])["negative_prompt"] == ["a large blue ring"]

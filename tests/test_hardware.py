@@ -94,6 +94,15 @@ def test_what_is_chosen_without_a_gpu(found):
         detect("cuda")
 
 
+def test_a_device_has_a_number_or_none(found):
+    found("NVIDIA H200")
+    for device in ("cuda:", "cuda:x", "cuda:-1", "cuda:01", "cuda:0:0", "CUDA", "cpu:0"):
+        with pytest.raises(UserError, match=f"--device {device}: unknown device"):
+            detect(device)
+    with pytest.raises(UserError, match=r"--device cuda:1: found 1 CUDA device\(s\)"):
+        detect("cuda:1")
+
+
 def test_rocm_is_looked_at_before_the_capability(found):
     """An MI300X reports 9.4, which would be a Hopper's."""
     found("AMD Instinct MI300X")

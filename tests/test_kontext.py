@@ -83,10 +83,11 @@ def test_the_call_equals_stock_kontext(width, height, picture):
         (None, "cannot be read (No such file or directory)"),
         (b"", "not an image (0 bytes found)"),
         (b"no", "not an image (2 bytes found)"),
+        (b"P6\nb28 128\n255\n", "cannot be read (invalid literal for int()"),
         ("half", "cannot be read (image file is truncated"),
         ("huge", "cannot be read (Image size (400000000 pixels) exceeds limit"),
     ],
-    ids=["missing", "empty", "no image", "truncated", "too large"],
+    ids=["missing", "empty", "no image", "broken header", "truncated", "too large"],
 )
 def test_bad_images_are_refused_in_one_line(content, expected, tmp_path):
     file = tmp_path / "in.png"

@@ -174,12 +174,35 @@ Q = f"transformer.{DOUBLE}attn.to_q"
          "transformer_blocks.0.attn.to_q has ranks 3 and 4"),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 128)}),
          "transformer_blocks.0.attn.to_q is 256x128 (expected 256x256)"),
-        (lambda t: t[f"{Q}.lora_A.weight"].fill_(torch.nan), "not finite: transformer."),
+        (lambda t: t[f"{Q}.lora_A.weight"].fill_(torch.nan), "not finite floating-point numbers: "),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 256, dtype=torch.int64)}),
+         "not finite floating-point numbers: transformer."),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}), "to_q is 0-dimensional"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(folder, tmp_path, change, expected):
     said = changed(folder, tmp_path, change)
     assert expected in said and "bad.safetensors" in said and len(said.splitlines()) == 1
+
+
+def test_float8_is_read_like_other_numbers(folder, tmp_path):
+    tensors = load_file(folder / "a.safetensors")
+    save_file(
+        {k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}, tmp_path / "f8.safetensors"
+    )
+    assert make_args("--device", "cpu", "--lora", str(tmp_path / "f8.safetensors")).lora_rank
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (":0.5", "--lora :0.5: names no file"),
+        ("x.safetensors:1e20", "weight 1e20, expected a finite number, 1000 at most"),
+        ("x.safetensors:nan", "weight nan, expected a finite number"),
+    ],
+)
+def test_what_a_weight_may_be(text, expected):
+    assert expected in refusal("--lora", text)
 
 
 def test_what_is_no_lora_is_refused(folder, tmp_path):

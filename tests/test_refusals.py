@@ -24,6 +24,10 @@ REFUSALS = {
     "many steps": (["--num_inference_steps", "1001"], "expected at most 1000"),
     "text": (["--max_sequence_length", "513"], "expected at most 512"),
     "seed": (["--seed", "-1"], "--seed -1: expected 0 or more"),
+    "last seed": (
+        ["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"],
+        "--seed 9223372036854775807: expected less than 2**63 (of 2 images the last one's)",
+    ),
     "empty prompt": (["--prompt", " "], "--prompt: empty"),
     "no prompt": (["--prompt", ""], "--prompt: empty"),
     "no text": (["--prompt", "caf\udce9"], "--prompt 'caf\\udce9': has bytes that are no UTF-8"),
@@ -34,6 +38,19 @@ REFUSALS = {
     "empty checkpoint": (["--ckpt", ""], "--ckpt '': empty"),
     "empty mask": (["--step_mask", ""], "--step_mask '': empty"),
     "empty image": (["--image="], "--image '': empty"),
+    "line break": (["--output-file", "x.png\n"], "--output-file 'x.png\\n': has a line break"),
+    "long name": (["--ckpt", "x" * 300], "has 300 bytes in a name, expected 255 (in a path 4096)"),
+    "nobody's home": (["--gguf_file", "~no-one/x.gguf"], "found no home of ~no-one"),
+    "no name of a hub": (["--ckpt", "~/FLUX"], "--ckpt ~/FLUX: no such folder, and no name on"),
+    "number of a CPU": (["--device", "cpu:x"], "--device cpu:x: unknown device (expected cuda"),
+    "strong guidance": (
+        ["--ckpt", "tiny-dev", "--guidance_scale", "1e36"],
+        "0 or more, 1000 at most",
+    ),
+    "strong true CFG": (
+        ["--true_cfg_scale", "1e20", "--negative_prompt", ""],
+        "--true_cfg_scale 1e+20: expected a finite number above 1 (at 1 there is none), 1000 at",
+    ),
     "endless guidance": (["--guidance_scale", "inf"], "expected a finite number, 0 or more"),
     "no guidance": (["--guidance_scale", "nan"], "expected a finite number, 0 or more"),
     "negative guidance": (["--guidance_scale", "-1"], "expected a finite number, 0 or more"),
@@ -46,8 +63,8 @@ REFUSALS = {
     "output is a folder": (["--output-file", "utils"], "is a folder"),
     "empty output": (["--output-file", ""], "--output-file '': empty"),
     "long output": (
-        ["--output-file", "x" * 296 + ".png"],
-        "the name has 300 bytes, expected at most 223",
+        ["--output-file", "x" * 250 + ".png"],
+        "the name has 254 bytes, expected at most 223",
     ),
     "too long for a temporary name": (["--output-file", "x" * 240 + ".png"], "has 244 bytes"),
     "too long for a swapped name": (
@@ -88,8 +105,8 @@ def test_refusals_are_one_line_before_any_weight(flags, expected, monkeypatch):
         (["--pictures", "README.md"], "--pictures README.md: is a file (expected a folder)"),
         (["--pictures", "README.md/x"], "README.md is a file (expected a folder)"),
         (["--pictures", "/proc/x"], "--pictures /proc/x: the folder /proc cannot be written"),
-        (["--pictures", "x/" + "y" * 300], "cannot be written (File name too long)"),
-        (["--trace-file", "x" * 300], "--trace-file xxx"),
+        (["--pictures", "x/" + "y" * 300], "has 300 bytes in a name, expected 255"),
+        (["--trace-file", "x" * 230], "--trace-file xxx"),
         (["--results", ""], "--results '': empty"),
         (["--quality_prompts", "9"], "--quality_prompts 9: expected at most 8"),
     ],
@@ -104,6 +121,25 @@ def test_the_benchmark_refuses_before_it_measures(flags, expected, monkeypatch):
         prepare(run_benchmark.parse_arguments())
     assert expected in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--height", "--prompt", "--output-file"])
+def test_two_dashes_are_no_value(flag, capsys):
+    """argparse alone takes them for an empty list."""
+    with pytest.raises(SystemExit) as ended:
+        make_args(f"{flag}=--")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: argument {flag}: expected one argument; see")
+
+
+def test_a_refused_run_leaves_no_file_for_its_rows(tmp_path, monkeypatch):
+    import run_benchmark
+
+    rows = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--height", "17", "--results", str(rows)])
+    with pytest.raises(UserError, match="--height 17"):
+        run_benchmark.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_pictures_may_have_to_be_made(tmp_path, monkeypatch):

@@ -171,6 +171,20 @@ def test_the_sweep_makes_rows(monkeypatch, tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [(row["scheduler"], row["sigmas"]) for row in rows] == scheduler_sweep.points()
     assert {row["evaluations"] for row in rows} == {2, 3}
-    monkeypatch.setattr(sys, "argv", ["scheduler_sweep.py", "--scheduler", "heun"])
-    with pytest.raises(UserError, match="the sweep is without"):
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--scheduler", "heun"), "the sweep is without"),
+        (("--prompt", "a red ring"), "--prompt: the sweep has its own prompts and steps"),
+        (("--step_mask", "fast"), "--step_mask: the sweep measures the solver alone"),
+        (("--results", "no/such/rows.json"), "the folder no/such does not exist"),
+    ],
+)
+def test_what_the_sweep_would_not_heed_is_refused(flags, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scheduler_sweep.py", "--device", "cpu", *flags])
+    with pytest.raises(UserError, match=expected):
         scheduler_sweep.main()
+    assert not list(tmp_path.iterdir())

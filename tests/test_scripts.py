@@ -197,6 +197,28 @@ def test_ctrl_c_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_weights_that_are_not_whole_are_one_line(part, tmp_path):
+    """transformers would draw those that are missing at random, and say so only in its log."""
+    from safetensors.torch import load_file, save_file
+
+    from utils.errors import UserError
+    from utils.pipeline_utils import load_pipeline
+
+    copy = tmp_path / "model"
+    shutil.copytree(ROOT / "tiny_flux" / "tiny-schnell", copy)
+    (file,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop(name := min(name for name in tensors if name.endswith("weight")))
+    save_file(tensors, file, {"format": "pt"})
+    args = make_args("--device", "cpu", "--ckpt", str(copy))
+    with pytest.raises(
+        UserError, match=r"cannot be loaded: [12] of its weights are missing \("
+    ) as no:
+        load_pipeline(args)
+    assert name in str(no.value) and len(str(no.value).splitlines()) == 1
+
+
 def test_damaged_weights_are_one_line(tmp_path):
     from utils.errors import UserError
     from utils.pipeline_utils import load_pipeline

@@ -209,6 +209,8 @@ def test_rounds_take_turns(monkeypatch, tmp_path):
     ("flags", "expected"),
     [
         (("--ladder", "--leave_one_out"), "expected one of them"),
+        (("--ladder", "--compare", "a", "b"), "--ladder, --compare: expected one of them"),
+        (("--explain", "--compare", "a", "b"), "--compare, --explain: expected one of them"),
         (("--rows", "eager"), "--rows: expected together with --ladder, --leave_one_out, --peers"),
         (("--ladder", "--rows", "warp"), "--rows: unknown row 'warp'"),
         (("--peers", "--peer", "flux-fast"), "--peer flux-fast: one row; expected without --peers"),

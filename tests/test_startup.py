@@ -35,10 +35,20 @@ def test_a_start_is_timed_from_the_moment_it_is_asked_for(tmp_path):
     assert "| disabled | cold | " in done.stdout
 
 
-def test_unknown_starts_are_one_line(tmp_path):
-    done = run("--starts", "export", "--results", tmp_path / "rows.jsonl")
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--starts", "export"), "--starts: unknown 'export'"),
+        (("--height", "17"), "error: --height 17: not divisible by 16"),
+        (("--step_mask", "fast"), "error: --step_mask fast: tiny-schnell takes 4 distilled steps"),
+        (("--output-file", "x.png"), "--output_file: a start keeps no picture"),
+        (("--once",), "--once: found no FLUX_BENCH_STARTED"),
+    ],
+)
+def test_wrong_flags_are_one_line_before_any_start(flags, expected, tmp_path):
+    done = run(*flags, "--results", tmp_path / "rows.jsonl")
+    assert expected in done.stderr and done.stderr.count("\n") == 1
     assert done.returncode == 2 and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("error: --starts: unknown 'export' (expected some of: disabled")
 
 
 def test_words_of_the_command_itself_stay_behind():

@@ -3,7 +3,6 @@
 Over a gRPC stream, so that progress can come before the image. `Client` is the same in Python.
 """
 
-import argparse
 import contextlib
 import io
 import queue
@@ -12,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from utils.benchmark_utils import Parser
+from utils.checks import file_problem
 from utils.errors import UserError, run_script
 from utils.steps import import_problem
 
@@ -103,7 +104,7 @@ class Client:
     def inputs(self, fields: dict) -> list:
         """Turn request fields into Triton's inputs.
 
-        Raises: KeyError for an unknown field.
+        Raises: KeyError for an unknown field, UserError for a number that its type cannot hold.
         """
         import numpy as np
 
@@ -111,6 +112,12 @@ class Client:
         for name, value in fields.items():
             kind, dtype = TYPES[name]
             values = value if isinstance(value, list) else [value]
+            if kind.startswith(("INT", "FP")):
+                most = (
+                    np.iinfo(dtype).max if dtype.startswith("int") else float(np.finfo(dtype).max)
+                )
+                if not all(abs(v) <= most for v in values):
+                    raise UserError(f"--{name} {value}: expected a number, {most} at most")
             values = [v.encode() if isinstance(v, str) else v for v in values]
             tensor = self.grpc.InferInput(name, [len(values)], kind)
             tensor.set_data_from_numpy(np.array(values, dtype=dtype))
@@ -172,7 +179,7 @@ def main() -> None:
 
     Raises: UserError for what the server refuses, or if there is none.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", action="append", required=True)
     for name in ("height", "width", "num_inference_steps", "seed", "max_sequence_length"):
         parser.add_argument(f"--{name}", type=int)
@@ -183,8 +190,9 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001)
     args = vars(parser.parse_args())
     target, host, port = (args.pop(name) for name in ("output_file", "host", "grpc_port"))
-    if target.is_dir() or not target.parent.is_dir() or target.suffix.lower() != ".png":
-        raise UserError(f"--output-file {target}: expected a name ending in .png in a folder")
+    problem = "" if target.suffix.lower() == ".png" else "expected a name ending in .png"
+    if problem := problem or file_problem(target):
+        raise UserError(f"--output-file {target}: {problem}")
     fields = {name: value for name, value in args.items() if value is not None}
     shown = sys.stdout.isatty()
 
@@ -196,7 +204,8 @@ def main() -> None:
         with Client(port, host) as client:
             images = client.generate(on_step=on_step, **fields)
     except ServerError as error:
-        raise UserError(f"{error.code}: {error}" if error.code else str(error)) from None
+        where = error.code or f"--host {host}, --grpc-port {port}"
+        raise UserError(f"{where}: {error}") from None
     except queue.Empty:
         raise UserError(f"no answer within {SILENCE_S:g} s; ask again") from None
     for k, image in enumerate(images):

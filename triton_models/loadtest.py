@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from triton_models.client import Client, ServerError
+from utils.benchmark_utils import Parser
 from utils.errors import UserError, run_script
 
 SHAPES = ("circle", "square", "triangle", "star")
@@ -34,7 +35,7 @@ class Outcome:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=50)
     parser.add_argument("--clients", type=int, default=4, help="closed load; threads of open load")
     parser.add_argument("--rate", type=float, help="open load: requests a second")

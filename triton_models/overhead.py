@@ -24,6 +24,7 @@ import numpy as np
 from triton_models.client import Client, ServerError
 from triton_models.loadtest import read_metrics, request
 from triton_models.parts import settings
+from utils.benchmark_utils import Parser
 from utils.errors import UserError, run_script
 
 RESAMPLES = 10_000
@@ -34,9 +35,8 @@ GOAL_S = 0.02 * 0.05  # 2 % of a step of 50 ms
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Read this command's own flags; the rest are the server's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
-        allow_abbrev=False,
         epilog="other flags: those of the server, and the size",
     )
     parser.add_argument("--rounds", type=int, default=30, help="four calls each")
@@ -168,7 +168,7 @@ def main() -> None:
     """
     args, flags = parse_args()
     words = args.steps.split(",")
-    if len(words) != 2 or not all(word.isdigit() for word in words) or args.rounds < 1:
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or args.rounds < 1:
         raise UserError(f"--steps {args.steps}, --rounds {args.rounds}: expected such as 4,28, 30")
     counts = sorted(int(word) for word in words)
     if counts[0] == counts[1]:

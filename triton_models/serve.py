@@ -24,9 +24,12 @@ from pathlib import Path
 from triton_models import repository
 from triton_models.client import Client, missing_package
 from triton_models.parts import HEALTH, MODELS, ROOT
+from utils.benchmark_utils import Parser
+from utils.checks import file_problem
 from utils.errors import signals_later
 
 STOP_S = 30
+DAY_S = 86400.0  # a request is over within minutes: whoever asks for more means never
 KEY_NAME = "admin-key"  # over gRPC: triton-grpc-protocol-admin-key
 # what changes the server or names files and memory: never a client's
 RESTRICTED = "model-repository,shared-memory,trace,logging"
@@ -42,9 +45,7 @@ KEEP_MEMORY = {
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Read this command's own flags; the rest are the models'."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False, epilog="other flags: gen_image.py"
-    )
+    parser = Parser(description=__doc__.splitlines()[0], epilog="other flags: gen_image.py")
     parser.add_argument("--env", type=Path, default=ROOT / ".venv-triton", help="made if missing")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
@@ -69,25 +70,23 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
 def problems_of(args: argparse.Namespace) -> list[str]:
     """Look at everything that would fail later, before anything slow."""
     problems = []
-    for flag, value, least in (
-        ("--max-in-flight", args.max_in_flight, 1),
-        ("--threads", args.threads, 1),
-        ("--timeout", args.timeout, 1),
-        ("--watch", args.watch, 0.1),
+    for flag, value, least, most in (
+        ("--max-in-flight", args.max_in_flight, 1, 2**16),
+        ("--threads", args.threads, 1, 2**16),
+        ("--timeout", args.timeout, 1, DAY_S),
+        ("--watch", args.watch, 0.1, DAY_S),
     ):
-        if not value >= least:
-            problems.append(f"{flag} {value}: expected {least} or more")
+        if not least <= value <= most:
+            problems.append(f"{flag} {value:g}: expected {least} to {most:g}")
     sizes = args.batch_sizes.split(",")
-    if not all(size.isdigit() and int(size) > 0 for size in sizes) or "1" not in sizes:
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes) or "1" not in sizes:
         problems.append(f"--batch-sizes {args.batch_sizes}: expected numbers, 1 among them")
     if args.write_repository is not None:
         folder = args.write_repository
         if folder.exists():
             problems.append(f"--write-repository {folder}: exists already")
-        elif not folder.parent.is_dir():
-            problems.append(
-                f"--write-repository {folder}: the folder {folder.parent} does not exist"
-            )
+        elif problem := file_problem(folder):
+            problems.append(f"--write-repository {folder}: {problem}")
         return problems
     if problem := missing_package():  # asks whether the server is ready, and then watches it
         problems.append(problem)
@@ -99,10 +98,13 @@ def problems_of(args: argparse.Namespace) -> list[str]:
     made_by = sorted(path.name for path in args.env.glob("lib/python3*"))
     if made_by and repository.VERSION not in made_by:
         problems.append(f"--env {args.env}: found {made_by[0]}, expected {repository.VERSION}")
-    if args.log and not args.log.parent.is_dir():
-        problems.append(f"--log {args.log}: the folder {args.log.parent} does not exist")
+    if args.log and (problem := file_problem(args.log)):
+        problems.append(f"--log {args.log}: {problem}")
     ports = {"--http-port": args.http_port, "--grpc-port": args.grpc_port}
-    for flag, port in (ports | {"--metrics-port": args.metrics_port}).items():
+    ports |= {"--metrics-port": args.metrics_port}
+    if len(set(ports.values())) < len(ports):
+        problems.append(f"{', '.join(ports)}: found one port twice, expected three")
+    for flag, port in ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

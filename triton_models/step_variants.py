@@ -8,7 +8,6 @@ transformer's forwards, which each call reports itself. Other flags: the models'
 --interface flux gives the bundled transformer FLUX.1's text embedding, (512, 4096) in bf16: 4 MiB.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from triton_models import repository
 from triton_models.client import Client
 from triton_models.overhead import FASTEST, median, with_interval
 from triton_models.serve import Server, end_by_signals, parse_args, problems_of
+from utils.benchmark_utils import Parser
 from utils.checkpoints import BUNDLED_DIR
 from utils.errors import UserError, run_script
 
@@ -80,9 +80,8 @@ def measure(client: Client, rounds: int, steps: int) -> dict[str, list[tuple[flo
 
 def main() -> None:
     """Serve, measure, report."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
-        allow_abbrev=False,
         epilog="other flags: those of triton_models.serve",
     )
     parser.add_argument("--rounds", type=int, default=20)

@@ -2,12 +2,14 @@
 
 import argparse
 import functools
+import os
 import statistics
 import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils import guidance, schedulers
 from utils.errors import UserError
@@ -23,23 +25,39 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 MAY_BE_EMPTY = ("--prompt", "--negative_prompt")  # the first has words of its own for it
+PROSE = (*MAY_BE_EMPTY, "--note")  # may have several lines; quoted wherever they are printed
+NO_NAMES = ("--sigmas", "--step_mask", "--cases", "--points", "--rows", "--starts")  # lists: long
+NAME_MAX, PATH_MAX = 255, 4096  # bytes, of every file system here
 
 
 def _text_problems(action: argparse.Action, found: argparse.Namespace) -> list[str]:
-    """Refuse a flag's empty text, and bytes that are no UTF-8: neither names or says anything."""
+    """Refuse a flag's text that no file, no choice and no message could have; one line each."""
     value = getattr(found, action.dest, None)
     if value in (action.default, action.const):
         return []
-    flag = action.option_strings[0] if action.option_strings else action.dest
-    problems = []
-    for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, str):
-            continue
-        if not text and flag not in MAY_BE_EMPTY:
-            problems.append(f"{flag} '': empty (leave the flag out, or give it a value)")
-        elif any("\ud800" <= letter <= "\udfff" for letter in text):
-            problems.append(f"{flag} {text!a}: has bytes that are no UTF-8")
-    return problems
+    flag = action.option_strings[0] if action.option_strings else action.metavar or action.dest
+    values = value if isinstance(value, list) else [value]
+    texts = [str(text) for text in values if isinstance(text, str | Path)]
+    return [f"{flag} {text!a}: {what}" for text in texts if (what := _text_problem(flag, text))]
+
+
+def _text_problem(flag: str, text: str) -> str:
+    if not text:
+        return "" if flag in MAY_BE_EMPTY else "empty (leave the flag out, or give it a value)"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "has bytes that are no UTF-8"
+    if flag in PROSE:
+        return ""
+    if text.splitlines() != [text]:
+        return "has a line break"
+    if flag in NO_NAMES:
+        return ""
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if longest > NAME_MAX or len(os.fsencode(text)) > PATH_MAX:
+        return f"has {longest} bytes in a name, expected {NAME_MAX} (in a path {PATH_MAX}) at most"
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        return f"found no home of {text.partition('/')[0]}"
+    return ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +78,8 @@ class Parser(argparse.ArgumentParser):
 
         def spell(word: str) -> str:
             flag, equals, value = word.partition("=")
+            if equals and value == "--":  # argparse would make an empty list of it
+                self.error(f"argument {flag}: expected one argument")
             return canonical.get(flag.replace("_", "-"), flag) + equals + value
 
         words = sys.argv[1:] if args is None else list(args)
@@ -69,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message):
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def create_parser(description: str | None = None) -> Parser:
@@ -108,6 +128,19 @@ def create_parser(description: str | None = None) -> Parser:
     for step in STEPS:
         step.add_flags(steps)
     return parser
+
+
+def refuse_given(args, flags: tuple[str, ...], why: str) -> None:
+    """Refuse flags of the common parser that a command would not heed.
+
+    Raises: UserError naming those that were given.
+    """
+    own = create_parser()
+    left_out = {flag: (None, own.get_default(flag)) for flag in flags}
+    if given := [f"--{flag}" for flag in flags if getattr(args, flag) not in left_out[flag]]:
+        raise UserError(
+            f"{', '.join(given)}: {why}; leave {'it' if len(given) == 1 else 'them'} out"
+        )
 
 
 def set_rand_seeds(seed: int) -> None:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils import diffusers_caches
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import create_parser, refuse_given
 from utils.cache_points import Point, choose, points
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
@@ -220,6 +220,7 @@ def main() -> None:
         raise UserError("--cache_dit_config, --step_mask: the sweep sets them itself")
     if args.random_weights:
         raise UserError("--random_weights: their pictures mean nothing, so there is no curve")
+    refuse_given(args, ("prompt", "output_file"), "the sweep has its own prompts, keeps no picture")
     quiet_libraries()
     from utils import card, curve
     from utils.artifacts import write_atomically

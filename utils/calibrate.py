@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import create_parser, refuse_given
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
 
@@ -38,6 +38,7 @@ def settle(argv: list[str], parser):
         raise UserError("--step_mask, --cache_dit_config: the calibration sets the mask itself")
     if first.random_weights:
         raise UserError("--random_weights: a mask belongs to the weights, and these mean nothing")
+    refuse_given(first, ("output_file",), "the calibration keeps no picture")
     given = first.prompt
     settle_call(first)
     steps = first.num_inference_steps

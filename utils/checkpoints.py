@@ -87,9 +87,22 @@ class Checkpoint:
 
 def _read_json(path: Path, what: str) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--ckpt: {what} cannot be read: {path} ({error})") from None
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise UserError(f"--ckpt: {what}: found {kind}, expected keys and values: {path}")
+    return found
+
+
+def folder_config(folder: Path, part: str) -> dict:
+    """Read the config of one component of a folder.
+
+    Raises: UserError if there is none, or it is no config.
+    """
+    file = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return _read_json(folder / part / file, f"the {part}'s config")
 
 
 def _from_folder(name: str, path: Path, source: str) -> Checkpoint:
@@ -99,14 +112,22 @@ def _from_folder(name: str, path: Path, source: str) -> Checkpoint:
             f"--ckpt {name}: no model in this folder (expected diffusers' model_index.json)"
         )
     pipeline = _read_json(index, "model_index.json").get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         expected = f"expected one of {', '.join(PIPELINES)}"
         raise UserError(f"--ckpt {name}: found a {pipeline}, {expected}")
-    transformer = _read_json(path / "transformer" / "config.json", "the transformer's config")
-    vae = _read_json(path / "vae" / "config.json", "the VAE's config")
+    for part in ("tokenizer", "tokenizer_2"):
+        if not (path / part).is_dir():  # transformers would go on with one that knows no word
+            raise UserError(f"--ckpt {name}: no folder {part} in it (expected diffusers' layout)")
+    transformer, vae = folder_config(path, "transformer"), folder_config(path, "vae")
+    size = vae.get("sample_size", 1024)
+    if not isinstance(size, int) or size < 16 or size % 16:
+        raise UserError(
+            f"--ckpt {name}: the vae's config has sample_size {size!r}, expected pixels, a whole "
+            "number divisible by 16"
+        )
     guided = transformer.get("guidance_embeds", False)
     kind = ("dev" if guided else "schnell") if pipeline == "FluxPipeline" else PIPELINES[pipeline]
-    return Checkpoint(name, source, kind, path, vae.get("sample_size", 1024))
+    return Checkpoint(name, source, kind, path, size)
 
 
 def _from_hub(name: str) -> Checkpoint:
@@ -147,14 +168,23 @@ def hub_file(repo: str, file: str, flag: str = "--ckpt", instead: str = INSTEAD)
         hf_hub_url,
         try_to_load_from_cache,
     )
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
-    cached = try_to_load_from_cache(repo, file)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
+        cached = try_to_load_from_cache(repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
         get_hf_file_metadata(hf_hub_url(repo, file), timeout=10)  # one try; a download makes six
         return Path(hf_hub_download(repo, file))
+    except HFValidationError:
+        raise UserError(
+            f"{flag} {repo}: no such folder, and no name on the hub; {instead}"
+        ) from None
     except GatedRepoError:
         cure = f"accept the licence at https://huggingface.co/{repo}, then `hf auth login`"
         raise NotFromHub(flag, repo, "gated", f"{cure}; {instead}") from None

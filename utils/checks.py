@@ -43,8 +43,10 @@ def number_problems(args) -> list[str]:
             problems.append(f"--{flag} {value}: expected {least} or more")
         elif value is not None and value > most:
             problems.append(f"--{flag} {value}: expected at most {most}")
-    if args.seed >= 2**63:
-        problems.append(f"--seed {args.seed}: expected less than 2**63")
+    images = len(args.prompt or (None,)) * max(args.num_images_per_prompt, 1)
+    if args.seed + images > 2**63:  # the last image's has to be a --seed, too
+        last = f" (of {images} images the last one's)" if images > 1 else ""
+        problems.append(f"--seed {args.seed}: expected less than 2**63{last}")
     for prompt in args.prompt or ():
         if not prompt.strip():
             problems.append("--prompt: empty (expected some words)")
@@ -62,7 +64,7 @@ def path_problems(args) -> list[str]:
             if flag == "pictures":
                 problem = _folder_problem(Path(value))
             else:
-                problem = _file_problem(Path(value), ROOM + (flag == "output_file") * _ending(args))
+                problem = file_problem(Path(value), ROOM + (flag == "output_file") * _ending(args))
         except OSError as error:
             problem = f"cannot be written ({error.strerror})"
         if not problem and flag == "output_file" and Path(value).suffix.lower() != ".png":
@@ -78,7 +80,8 @@ def _ending(args) -> int:
     return max((24 + len(os.fsencode(text.rpartition("/")[2])) for text in given), default=0)
 
 
-def _file_problem(path: Path, room: int) -> str:
+def file_problem(path: Path, room: int = ROOM) -> str:
+    """Say why a file cannot be written under a temporary name and renamed; "" if it can."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist"
     longest = os.pathconf(path.parent, "PC_NAME_MAX") - room
@@ -94,8 +97,6 @@ def _file_problem(path: Path, room: int) -> str:
 def _folder_problem(folder: Path) -> str:
     """Look at a folder, or at the nearest one above it, in which it would be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if any(len(os.fsencode(part)) > os.pathconf("/", "PC_NAME_MAX") for part in folder.parts):
-        return "cannot be written (File name too long)"
     if not there.is_dir():
         what = "is a file" if there == folder else f"{there} is a file"
         return f"{what} (expected a folder)"

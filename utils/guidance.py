@@ -8,8 +8,8 @@ its flags are given, since diffusers ignores either one alone.
 Source: Ho and Salimans 2022, arXiv:2207.12598; diffusers 0.42, pipeline_flux.py
 """
 
-import math
-
+MOST_SCALE = 1000  # far beyond any use; from 1e20 on numbers overflow, and pictures are black
+MOST_SHOWN = 60  # letters of a prompt in a message
 COST = "true CFG runs the transformer twice in every step"
 
 
@@ -33,11 +33,15 @@ def problems(args) -> list[str]:
     """Refuse half of the pair, and scales that diffusers would leave out silently."""
     distilled, scale, negative = args.guidance_scale, args.true_cfg_scale, args.negative_prompt
     found = []
-    if distilled is not None and not 0 <= distilled < math.inf:
-        found.append(f"--guidance_scale {distilled:g}: expected a finite number, 0 or more")
-    if scale is None and negative is not None:
+    if distilled is not None and not 0 <= distilled <= MOST_SCALE:
         found.append(
-            f"--negative_prompt {negative!r}: has no effect without --true_cfg_scale (such as 2; "
+            f"--guidance_scale {distilled:g}: expected a finite number, 0 or more, {MOST_SCALE} at "
+            "most"
+        )
+    if scale is None and negative is not None:
+        shown = negative if len(negative) <= MOST_SHOWN else negative[:MOST_SHOWN] + "..."
+        found.append(
+            f"--negative_prompt {shown!r}: has no effect without --true_cfg_scale (such as 2; "
             f"{COST}); give both or neither"
         )
     if scale is not None and negative is None:
@@ -45,9 +49,10 @@ def problems(args) -> list[str]:
             f"--true_cfg_scale {scale:g}: has no effect without --negative_prompt (may be empty: "
             "''); give both or neither"
         )
-    elif scale is not None and not 1 < scale < math.inf:
+    elif scale is not None and not 1 < scale <= MOST_SCALE:
         found.append(
-            f"--true_cfg_scale {scale:g}: expected a finite number above 1 (at 1 there is none)"
+            f"--true_cfg_scale {scale:g}: expected a finite number above 1 (at 1 there is none), "
+            f"{MOST_SCALE} at most"
         )
     return found
 

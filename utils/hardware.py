@@ -1,6 +1,7 @@
 """What this machine is, as far as a choice of code depends on it."""
 
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,18 +61,19 @@ def detect(device: str | None = None) -> Machine:
     """
     import torch
 
-    kind = (device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = device.partition(":")
+    if not re.fullmatch(r"cpu|cuda(:0|:[1-9][0-9]{0,2})?", device):
+        raise UserError(f"--device {device}: unknown device (expected cuda, cuda:N or cpu)")
     if kind == "cpu":
         import psutil
 
         return Machine("cpu", _cpu_name(), memory_gib=psutil.virtual_memory().total / 2**30)
-    if kind != "cuda":
-        raise UserError(f"--device {device}: unknown device (expected cuda, cuda:N or cpu)")
     if not torch.cuda.is_available():
         raise UserError(
             f"--device {device}: no CUDA device found (torch {torch.__version__}); use --device cpu"
         )
-    index = torch.device(device or "cuda").index or 0
+    index = int(index or 0)
     if index >= torch.cuda.device_count():
         raise UserError(f"--device {device}: found {torch.cuda.device_count()} CUDA device(s)")
     torch.cuda.set_device(index)  # graphs, packages and memory statistics mean the current device

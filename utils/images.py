@@ -64,6 +64,8 @@ def _metadata(args, k: int, step_cache: dict | None, ending: str):
         "seed": args.seed + k,
         "num_images_per_prompt": 1,
     }
+    if "negative_prompt" in about:  # one for each prompt of the batch
+        about["negative_prompt"] = [args.negative_prompt]
     info = PngInfo()
     info.add_itxt("prompt", about["prompt"])
     info.add_text("seed", str(about["seed"]))

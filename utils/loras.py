@@ -7,15 +7,14 @@ layers, built without weights from its config, and whatever has no place is an e
 """
 
 import hashlib
-import logging
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.checkpoints import NotFromHub, hub_file
 from utils.errors import UserError
+from utils.guidance import MOST_SCALE
+from utils.quiet import heard
 from utils.random_weights import configs_of
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # of a hub repository, as diffusers names it
@@ -39,17 +38,21 @@ class Lora:
 def split(text: str) -> tuple[str, float]:
     """Part `PATH_OR_ID[:WEIGHT]`.
 
-    Raises: UserError for a weight that is no finite number
+    Raises: UserError for a weight that is no number, or overflows
     """
     name, colon, last = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or os.path.exists(text):
         return text, 1.0
+    if not name:
+        raise UserError(f"--lora {text}: names no file (expected PATH_OR_ID:0.8)")
     try:
         weight = float(last)
     except ValueError:
         raise UserError(f"--lora {text}: weight {last!r} is no number (PATH_OR_ID:0.8)") from None
-    if not math.isfinite(weight):
-        raise UserError(f"--lora {text}: weight {last}, expected a finite number")
+    if not abs(weight) <= MOST_SCALE:
+        raise UserError(
+            f"--lora {text}: weight {last}, expected a finite number, {MOST_SCALE} at most"
+        )
     return name, weight
 
 
@@ -70,7 +73,7 @@ def locate(name: str) -> Path:
 
     Raises: UserError if there is no such file, or it cannot be had
     """
-    path, parts = Path(name).expanduser(), name.split("/")
+    path, parts = Path(os.path.expanduser(name)), name.split("/")  # ~nobody stays as it is
     if path.is_dir():
         raise UserError(f"--lora {name}: is a folder (expected a .safetensors file in it)")
     if not path.is_file():
@@ -113,7 +116,7 @@ def read(lora: Lora) -> dict:
         )
     if not any("lora" in key.lower() for key in tensors):
         raise UserError(f"--lora {lora.name}: no LoRA: found {_listed(tensors)}")
-    with _warnings() as left_out:
+    with heard("diffusers.loaders") as left_out:  # at the usual level it says nothing
         try:
             converted, alphas = FluxPipeline.lora_state_dict(dict(tensors), return_alphas=True)
         except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
@@ -126,22 +129,6 @@ def read(lora: Lora) -> dict:
 
         converted = convert_unet_state_dict_to_peft(converted)
     return converted | (alphas or {})
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect what diffusers' loaders warn of; at the usual log level they say nothing."""
-    found: list[str] = []
-    logger, handler = logging.getLogger("diffusers.loaders"), logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def layers_of(checkpoint) -> dict[str, tuple[int, int]]:
@@ -169,7 +156,8 @@ def problems(lora: Lora, tensors: dict, layers: dict[str, tuple[int, int]]) -> l
         if not part or name not in layers:
             unmatched.append(key)
             continue
-        if not bool(tensor.isfinite().all()):
+        # as float: float8 cannot be asked
+        if not (tensor.is_floating_point() and bool(tensor.float().isfinite().all())):
             bad.append(key)
         out, inner = layers[name]
         up = tensors.get(f"{PREFIX}{name}.lora_B.weight")
@@ -193,7 +181,9 @@ def problems(lora: Lora, tensors: dict, layers: dict[str, tuple[int, int]]) -> l
     if wrong:
         said.append(f"made for another transformer or damaged: {_listed(wrong)}")
     if bad:
-        said.append(f"not finite: {_listed(bad)}")
+        said.append(f"not finite floating-point numbers: {_listed(bad)}")
+    if not said and not adapted(tensors):
+        said.append(f"adapts no layer: found {_listed(tensors)}")
     return [f"--lora {lora.name}: {line}" for line in said]
 
 

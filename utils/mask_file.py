@@ -6,6 +6,7 @@ the steps are spaced), so it is refused for any other.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load(path: str) -> MaskFile:
     """
     try:
         found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot be read ({error})") from None
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise ValueError(f"expected a file of python -m utils.calibrate, format {FORMAT}")
@@ -67,8 +68,10 @@ def load(path: str) -> MaskFile:
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"damaged ({error})") from None
-    if not whole or set(read.mask) - {"0", "1"}:
+    if not whole or not isinstance(read.mask, str) or set(read.mask) - {"0", "1"}:
         raise ValueError("damaged (its weights are not those of its mask)")
+    if not all(math.isfinite(one) for w in weights.values() for one in w):
+        raise ValueError("damaged (a weight is not finite)")
     return read
 
 

@@ -12,6 +12,7 @@ Compiled code needs less than eager, CUDA graphs a pool of their own, kernels wo
 
 from dataclasses import dataclass
 
+from utils.errors import UserError
 from utils.layers import WIDTH, Precision, total
 from utils.random_weights import configs_of
 from utils.work import Call, Work, count, vae_encoder
@@ -54,7 +55,14 @@ def work_of(args, linear: str, text: str = "") -> Work:
     everything = linear if args.quant_filter == "all" else ""
     base = "fp32" if args.disable_bf16 else "bf16"
     precision = Precision(base, linear=linear, other=everything, text=text)
-    return count(configs_of(args.checkpoint), call, precision)
+    configs = configs_of(args.checkpoint)
+    try:
+        return count(configs, call, precision)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(
+            f"--ckpt {args.ckpt}: its configs describe no FLUX.1 model ({why})"
+        ) from None
 
 
 def estimate(

@@ -9,7 +9,7 @@ images = generate(pipeline, args)
 from utils import guidance, random_weights, schedulers
 from utils.errors import UserError
 from utils.prompts import count_images
-from utils.quiet import no_bars_without_terminal
+from utils.quiet import heard, no_bars_without_terminal
 from utils.steps import (
     PARTS,
     cache_dit,
@@ -85,25 +85,43 @@ def load_pipeline(args, without: tuple[str, ...] = ()):
     Returns: diffusers.FluxPipeline or FluxKontextPipeline, unchanged by any step.
     Raises: UserError if the weights are missing, damaged or not to be had.
     """
-    import diffusers
-
     no_bars_without_terminal()
     if args.checkpoint.random_weights:
         pipeline = random_weights.build(args.checkpoint, args.dtype, args.load_device, args.seed)
     else:
-        from safetensors import SafetensorError
-
-        cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
-        source = args.checkpoint.path or args.checkpoint.name
-        absent = (*without, "transformer") if args.gguf_file else without  # step gguf brings it
-        try:
-            pipeline = cls.from_pretrained(source, dtype=args.dtype, **dict.fromkeys(absent))
-        except (OSError, ValueError, SafetensorError) as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
-        pipeline.to(args.load_device)
+        pipeline = _from_pretrained(args, without).to(args.load_device)
     schedulers.install(pipeline, args)
     pipeline.set_progress_bar_config(disable=None, leave=False)
+    return pipeline
+
+
+def _from_pretrained(args, without: tuple[str, ...]):
+    """Load the weights of a checkpoint, all of them: both libraries go on with a part.
+
+    What is missing diffusers leaves without memory, and transformers draws at random.
+    """
+    import re
+
+    import diffusers
+    from safetensors import SafetensorError
+
+    cls = getattr(diffusers, args.checkpoint.defaults.pipeline)
+    source = args.checkpoint.path or args.checkpoint.name
+    absent = (*without, "transformer") if args.gguf_file else without  # step gguf brings it
+    try:
+        with heard("transformers.modeling_utils") as warned:
+            pipeline = cls.from_pretrained(source, dtype=args.dtype, **dict.fromkeys(absent))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
+    missing = re.findall(r"(?m)^(.+?) *\|.*MISSING", "\n".join(warned))
+    for part in filter(None, (pipeline.transformer, pipeline.vae)):
+        missing += [name for name, tensor in part.named_parameters() if tensor.is_meta]
+    if missing:
+        raise UserError(
+            f"--ckpt {args.ckpt}: cannot be loaded: {len(missing)} of its weights are missing "
+            f"({missing[0]}, ...)"
+        )
     return pipeline
 
 

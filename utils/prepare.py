@@ -4,6 +4,7 @@ Cheap checks come first (numbers, names, paths: no torch), then the device, then
 Every problem that is found is reported, one line each.
 """
 
+import struct
 import time
 from pathlib import Path
 
@@ -191,6 +192,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+# What PIL's decoders raise for a broken file, beside UnidentifiedImageError, an OSError
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
+BROKEN += (struct.error, NotImplementedError)
+
+
 def read_picture(flag: str, path: str):
     """Read the picture that a flag names, as it is meant to be seen.
 
@@ -205,7 +211,7 @@ def read_picture(flag: str, path: str):
     except UnidentifiedImageError:
         size = Path(path).stat().st_size
         raise UserError(f"{flag} {path}: not an image ({size} bytes found)") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for broken
+    except (*BROKEN, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{flag} {path}: cannot be read ({why})") from None
 

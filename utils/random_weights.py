@@ -14,7 +14,6 @@ Source: Yang et al. 2025, arXiv:2508.03485, for FLUX.1's "salient outliers ... c
 specific channels"; how many and how far is our choice (OUTLIERS).
 """
 
-import json
 from pathlib import Path
 
 from utils import checkpoints
@@ -92,7 +91,10 @@ SCALES = {6: (1, 4), 3: (1,), 2: (0,)}  # parts of a modulation -> which of them
 
 
 def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
-    """Give the config of each component: a folder's own, or the published architecture."""
+    """Give the config of each component: a folder's own, or the published architecture.
+
+    Raises: UserError if one of the folder's cannot be read.
+    """
     if checkpoint.path is None:
         guided = checkpoint.defaults.guidance is not None
         inputs = FILL if checkpoint.kind == "fill" else {}
@@ -105,11 +107,8 @@ def configs_of(checkpoint: checkpoints.Checkpoint) -> dict[str, dict]:
         }
         smaller = MID if checkpoint.name == checkpoints.MID else {}
         return {part: config | smaller.get(part, {}) for part, config in published.items()}
-    names = {"scheduler": "scheduler_config.json"}
-    return {
-        part: json.loads((checkpoint.path / part / names.get(part, "config.json")).read_text())
-        for part in (*PARTS, "scheduler")
-    }
+    parts = (*PARTS, "scheduler")
+    return {part: checkpoints.folder_config(checkpoint.path, part) for part in parts}
 
 
 def modules(

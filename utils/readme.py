@@ -9,6 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from utils import startup
+from utils.benchmark_utils import Parser
+from utils.errors import run_script
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.quiet import quiet_libraries
@@ -136,9 +138,15 @@ def render(text: str, sections: dict | None = None, where: str = "README") -> st
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write every table into its page; there is nothing to choose."""
+    Parser(description=__doc__.split("\n\n")[0]).parse_args()
     quiet_libraries()
     README.write_text(render(README.read_text()))
     PACKAGES.write_text(render(PACKAGES.read_text(), STARTS, PACKAGES.name))
     MEMORY.write_text(render(MEMORY.read_text(), FILES, MEMORY.name))
     TABLES.write_text(render(TABLES.read_text(), ROWS, "results/README.md"))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from utils import card, quality, reference, schedulers
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import create_parser, refuse_given
 from utils.errors import UserError, run_script
 from utils.prepare import prepare
 from utils.prompts import quality_prompts
@@ -134,9 +134,12 @@ def main() -> None:
     args = parser().parse_args(argv)
     if args.scheduler or args.sigmas or args.true_cfg_scale or args.lora:
         raise UserError("--scheduler, --sigmas, --true_cfg_scale, --lora: the sweep is without")
+    unheard = ("prompt", "num_inference_steps", "output_file")
+    refuse_given(args, unheard, "the sweep has its own prompts and steps, and keeps no picture")
+    applied = ("gguf_file", "step_mask", "cache_dit_config", "memory")
+    refuse_given(args, applied, "the sweep measures the solver alone, and applies no step")
     quiet_libraries()
     path = Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = measure(argv, STEPS)
     write(path, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     print(table(found))

@@ -158,7 +158,7 @@ def run_series(args, argv: list[str]) -> int:
     try:
         failed = _run_rows(args, argv, listed, rows, path)
     except KeyboardInterrupt as error:
-        rows_so_far = path.stat().st_size
+        rows_so_far = path.exists() and path.stat().st_size
         raise type(error)(f"rows so far are in {path}" if rows_so_far else "") from None
     print(f"rows are in {path}; python -m utils.report renders them")
     return failed

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from utils import card, results, series
-from utils.benchmark_utils import create_parser, synchronize
+from utils.benchmark_utils import create_parser, refuse_given, synchronize
 from utils.errors import UserError, run_script
 from utils.memory import peak_memory
 from utils.prepare import announce_and_load, prepare
@@ -160,11 +160,20 @@ def main() -> None:
     if args.images < 1:
         raise UserError(f"--images {args.images}: expected 1 or more")
     if args.once:
+        if STARTED not in os.environ:
+            raise UserError(f"--once: found no {STARTED}; it is for the processes of this command")
         print(json.dumps(start_once(args), ensure_ascii=False))
         return
+    refuse_given(
+        args,
+        ("output_file", "compile_export_mode"),
+        "a start keeps no picture, and --starts has its mode",
+    )
     names = [name.strip() for name in args.starts.split(",")]
     if unknown := [name for name in names if name not in STARTS]:
         raise UserError(f"--starts: unknown {unknown[0]!r} (expected some of: {', '.join(STARTS)})")
+    for name in names:  # each start will say it too, behind seconds of imports
+        prepare(parser.parse_args([*sys.argv[1:], *STARTS[name]]))
     path = series.results_path(args)
     if not args.results:
         path = path.parent / "startup" / path.name

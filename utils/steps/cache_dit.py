@@ -113,8 +113,8 @@ def read_settings(path: str | Path) -> tuple[dict, dict]:
         found = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ValueError(error.strerror) from None
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, a date
+        raise ValueError(f"no YAML: {' '.join(str(error).split())}") from None
     found = found.get("cache_config", found) if isinstance(found, dict) else found
     if found is None:
         raise ValueError("the file is empty, expected keys and values as in cache_config.yaml")

@@ -74,7 +74,7 @@ def check(args) -> Verdict:
     layers = loras.layers_of(args.checkpoint)
     pairs = list(zip(args.loras, tensors, strict=True))
     lines = [line for lora, found in pairs for line in loras.problems(lora, found, layers)]
-    adapted = [loras.adapted(found) for found in tensors]
+    adapted = [] if lines else [loras.adapted(found) for found in tensors]
     if args.swap_loras and not lines:
         lines = _extra_layers(args.loras, adapted)
     if lines:
