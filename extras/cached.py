@@ -114,12 +114,8 @@ def write_pictures(pictures: list[bytes], output_file: str) -> list[Path]:
     target, written = Path(output_file), []
     for k, content in enumerate(pictures):
         path = target if len(pictures) == 1 else target.with_stem(f"{target.stem}_{k}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with artifacts.replacing(path) as new:
+            new.write_bytes(content)
         written.append(path)
     return written
 

@@ -223,7 +223,7 @@ def main() -> None:
     refuse_given(args, ("prompt", "output_file"), "the sweep has its own prompts, keeps no picture")
     quiet_libraries()
     from utils import card, curve
-    from utils.artifacts import write_atomically
+    from utils.report import write
 
     args = _settle(argv)
     path = Path(args.results or ROOT / "results" / "curves" / f"{Path(args.ckpt).name}.jsonl")
@@ -232,7 +232,6 @@ def main() -> None:
     wanted = choose(points(args.num_inference_steps), args.points)
     if problem := diffusers_caches.problem(args, {point.kind for point in wanted}):
         raise UserError(f"{problem}, or name other kinds in --points")
-    path.parent.mkdir(parents=True, exist_ok=True)
     print(card.render(args), flush=True)
     sweep = Sweep(argv)
     rows = []
@@ -240,8 +239,8 @@ def main() -> None:
         rows.append(sweep.measure(point))
         print(line(rows[-1]), flush=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, text.encode())
-    write_atomically(path.with_suffix(".png"), curve.draw(rows))
+    write(path, text.encode())
+    write(path.with_suffix(".png"), curve.draw(rows))
     print(f"another seed {sweep.other_db:.1f} dB")
     if rows[0]["psnr_on_flux"]:
         print("PSNR on FLUX.1's own weights: not measured (--ckpt black-forest-labs/FLUX.1-dev)")

@@ -66,11 +66,11 @@ def main() -> None:
     argv = sys.argv[1:]
     quiet_libraries()
     from utils import card
-    from utils.artifacts import write_atomically
     from utils.fit_mask import fit, record
     from utils.mask_file import MaskFile, dump
     from utils.pipeline_utils import optimize
     from utils.prepare import announce_and_load
+    from utils.report import write
 
     args = settle(argv, parser())
     pipeline, _ = announce_and_load(args)
@@ -89,7 +89,7 @@ def main() -> None:
         prompts=args.prompt,
         environment=card.environment(args),
     )
-    write_atomically(Path(args.mask_file), dump(found))
+    write(Path(args.mask_file), dump(found))
     print(f"mask        {mask}: {args.computed} of {len(mask)} steps computed")
     print(f"latents     off by {error:.1e} (relative L2) on the calibration's own prompts")
     print(f"wrote {args.mask_file}; use it: --step_mask {args.mask_file}")
