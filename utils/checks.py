@@ -71,7 +71,7 @@ def path_problems(args) -> list[str]:
             problems.append(f"--{flag.replace('_', '-')} {value}: {problem}")
     if folder := getattr(args, "pictures", None):
         try:
-            problem = _folder_problem(Path(folder))
+            problem = folder_problem(Path(folder))
         except OSError as error:
             problem = f"cannot be written ({error.strerror})"
         if problem:
@@ -99,8 +99,8 @@ def file_problem(path: Path, room: int = ROOM) -> str:
     return ""
 
 
-def _folder_problem(folder: Path) -> str:
-    """Look at a folder, or at the nearest one above it, in which it would be made."""
+def folder_problem(folder: Path) -> str:
+    """Look at a folder to write into, or at the nearest one above it, in which it would be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         what = "is a file" if there == folder else f"{there} is a file"
