@@ -149,7 +149,16 @@ def edited(path, folder, **fields):
         ({"weights": {"2": [1.0]}}, (), "its weights are not those of its mask"),
         ({"weights": [1.0]}, (), "damaged"),
         ({"mask": [*"111111111"], "weights": {}}, (), "damaged (its weights are not those of"),
-        ({"mask": "111111110", "weights": {"8": [float("nan")]}}, (), "a weight is not finite"),
+        (
+            {"mask": "111111110", "weights": {"8": [float("nan")]}},
+            (),
+            "a weight beyond 1000, or not",
+        ),
+        (
+            {"mask": "111111110", "weights": {"8": [1e30]}},
+            (),
+            "a weight beyond 1000, or not finite",
+        ),
         ({"surprise": 1}, (), "damaged"),
     ],
 )

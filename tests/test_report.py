@@ -267,7 +267,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     good = write(tmp_path / "x.jsonl", [row()])
     done = run("--results", good, "--out", good)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: cannot write ")
+    assert done.stderr == f"error: --out {good}: is a file (expected a folder)\n"
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

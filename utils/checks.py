@@ -62,7 +62,7 @@ def path_problems(args) -> list[str]:
             continue
         try:
             if flag == "pictures":
-                problem = _folder_problem(Path(value))
+                problem = folder_problem(Path(value))
             else:
                 problem = file_problem(Path(value), ROOM + (flag == "output_file") * _ending(args))
         except OSError as error:
@@ -94,8 +94,8 @@ def file_problem(path: Path, room: int = ROOM) -> str:
     return ""
 
 
-def _folder_problem(folder: Path) -> str:
-    """Look at a folder, or at the nearest one above it, in which it would be made."""
+def folder_problem(folder: Path) -> str:
+    """Look at a folder to write into, or at the nearest one above it, in which it would be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         what = "is a file" if there == folder else f"{there} is a file"

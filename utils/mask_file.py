@@ -6,12 +6,12 @@ the steps are spaced), so it is refused for any other.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FORMAT = 1
 SUFFIX = ".json"
+MOST = 1000  # of a weight; calibrated ones are of order one, and 1e30 makes a black picture
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def load(path: str) -> MaskFile:
         raise ValueError(f"damaged ({error})") from None
     if not whole or not isinstance(read.mask, str) or set(read.mask) - {"0", "1"}:
         raise ValueError("damaged (its weights are not those of its mask)")
-    if not all(math.isfinite(one) for w in weights.values() for one in w):
-        raise ValueError("damaged (a weight is not finite)")
+    if not all(abs(one) <= MOST for w in weights.values() for one in w):
+        raise ValueError(f"damaged (a weight beyond {MOST}, or not finite)")
     return read
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from utils import report_plot
 from utils.artifacts import replacing
 from utils.benchmark_utils import Parser
+from utils.checks import folder_problem
 from utils.errors import UserError, run_script
 from utils.report_page import page
 from utils.report_rows import ROOT, device, distinct, name, read
@@ -156,6 +157,8 @@ def main() -> None:
         "--out", type=Path, help="default: results/, and the tables in both README.md"
     )
     args = parser.parse_args()
+    if args.out and (problem := folder_problem(args.out)):
+        raise UserError(f"--out {args.out}: {problem}")
     results = load(args.results or committed())
     out = args.out or RESULTS
     files = {f"{Path(k).stem}.png": plot(rows) for k, rows in results.items() if has_plot(rows)}
