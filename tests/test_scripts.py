@@ -77,6 +77,22 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_picture_in_one_colour_is_said_as_the_doctor_knows_it(tmp_path, capsys):
+    from extras.doctor.advice import explain
+
+    args = make_args(
+        "--device", "cpu", "--num_images_per_prompt", "2", "--output-file", str(tmp_path / "x.png")
+    )
+    drawn = Image.new("RGB", (16, 16))
+    drawn.putpixel((3, 3), (0, 0, 1))
+    save_images([drawn], args)
+    assert capsys.readouterr().err == ""
+    save_images([drawn, Image.new("RGB", (16, 16))], args)
+    said = capsys.readouterr().err
+    assert said.count("constant (black?)") == 1 and str(tmp_path / "x_1.png") in said
+    assert "NaN" in "\n".join(str(found) for found in explain(said))
+
+
 def test_a_picture_may_be_read_by_others(tmp_path):
     umask = os.umask(0o022)
     try:

@@ -9,6 +9,7 @@ from PIL import Image
 from utils import card
 from utils.artifacts import replacing
 from utils.errors import UserError
+from utils.progress import say
 
 STRIP_EDGE = 256  # pixels of one picture in a strip
 
@@ -17,7 +18,8 @@ def save_images(images: list, args, step_cache: dict | None = None, ending: str 
     """Write PNGs with how they were made in their metadata; several are numbered from 0.
 
     `step_cache` tells which steps were computed and which reused (`reused_steps`); `ending` is put
-    behind the name, and is the name of the LoRA that was swapped in.
+    behind the name, and is the name of the LoRA that was swapped in. Of a picture in one colour,
+    which is what becomes of NaN, a line is said on stderr.
     """
     target = Path(args.output_file)
     target = target.with_name(f"{target.stem}{ending}{target.suffix}")
@@ -26,6 +28,9 @@ def save_images(images: list, args, step_cache: dict | None = None, ending: str 
         path = target if len(images) == 1 else target.with_name(f"{target.stem}_{k}{target.suffix}")
         with replacing(path) as new:
             image.save(new, format="PNG", pnginfo=_metadata(args, k, step_cache, ending))
+        if all(low == high for low, high in image.getextrema()):
+            cure = f"python -m extras.doctor --explain-error {path}"
+            say("picture", f"{path} is constant (black?), as NaN would be: {cure}")
         written.append(path)
     return written
 
