@@ -6,6 +6,8 @@ pipeline = optimize(load_pipeline(args), args)
 images = generate(pipeline, args)
 """
 
+import re
+
 from utils import guidance, random_weights, schedulers
 from utils.errors import UserError
 from utils.prompts import count_images
@@ -100,8 +102,6 @@ def _from_pretrained(args, without: tuple[str, ...]):
 
     What is missing diffusers leaves without memory, and transformers draws at random.
     """
-    import re
-
     import diffusers
     from safetensors import SafetensorError
 
