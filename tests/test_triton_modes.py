@@ -66,18 +66,16 @@ def _served(folder, *flags: str) -> Served:
 @pytest.mark.parametrize("ckpt", ["tiny-schnell", "tiny-dev"])
 def test_pictures_are_plain_flux_pipelines(tmp_path, ckpt, dtype):
     """To the bit one at a time; together within a level in fp32, a level on average in bf16."""
-    from triton_models.client import Client
-
     flags = ("--ckpt", ckpt, *dtype)
     expected, together = _pictures(*flags), {}
     server = _served(tmp_path, *flags, *PLAIN)
     try:
-        with Client(server.grpc) as client:
+        with server.client() as client:
             for number, picture in enumerate(expected):
                 assert np.array_equal(_pixels(client, **_fields(number)), picture), number
 
         def ask(number: int) -> None:
-            with Client(server.grpc) as client:
+            with server.client() as client:
                 together[number] = _pixels(client, **_fields(number % 3) | {"seed": number % 3})
 
         before = server.counters()
@@ -97,15 +95,13 @@ def test_pictures_are_plain_flux_pipelines(tmp_path, ckpt, dtype):
 
 def test_compiled_blocks_serve_every_size(tmp_path):
     """Within a level of the eager picture, on average."""
-    from triton_models.client import Client
-
     flags = ("--ckpt", "tiny-dev")
     mode = ("--compile_export_mode", "compile", "--compile_scope", "blocks")
     expected = _pictures(*flags)
     store = ("--cache-dir", str(tmp_path / "store"))
     server = _served(tmp_path, *flags, *mode, *store, "--batch-sizes", "1,2")
     try:
-        with Client(server.grpc) as client:
+        with server.client() as client:
             for number, picture in enumerate(expected):
                 assert np.abs(_pixels(client, **_fields(number)) - picture).mean() < 1, number
     finally:
@@ -118,7 +114,7 @@ def test_packages_of_the_scripts_are_served(tmp_path):
 
     With the server's interpreter: a package belongs to the versions that built it.
     """
-    from triton_models.client import Client, ServerError
+    from triton_models.client import ServerError
 
     flags = ["--ckpt", "tiny-dev", "--compile_export_mode", "export_aoti"]
     flags += ["--cache-dir", str(tmp_path / "store")]
@@ -134,7 +130,7 @@ def test_packages_of_the_scripts_are_served(tmp_path):
     stored = sorted((tmp_path / "store").glob("*.pt2"))
     server = _served(tmp_path, *flags, "--use-cached-model", "--batch-sizes", "1")
     try:
-        with Client(server.grpc) as client:
+        with server.client() as client:
             expected = _pictures("--ckpt", "tiny-dev")
             assert np.abs(_pixels(client, **_fields(0)) - expected[0]).mean() < 1
             with pytest.raises(ServerError, match="--use-cached-model") as caught:
@@ -148,11 +144,9 @@ def test_packages_of_the_scripts_are_served(tmp_path):
 
 def test_every_model_that_dies_is_loaded_again(tmp_path):
     """The orchestrator and the health model itself too."""
-    from triton_models.client import Client
-
     server = _served(tmp_path, "--ckpt", "tiny-schnell")
     try:
-        with Client(server.grpc) as client:
+        with server.client() as client:
             picture = _pixels(client, **_fields(0))
             for model in (*MODELS, HEALTH):
                 (stub,) = server.stubs(model)

@@ -63,8 +63,6 @@ def _values(port: int, query: str) -> list[float]:
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus: apt install prometheus")
 def test_prometheus_finds_data_for_every_panel(tmp_path):
     """Both as they are committed: prometheus.yml's port, the dashboard's queries."""
-    from triton_models.client import Client
-
     config = FILES / "prometheus.yml"
     (metrics,) = re.findall(r"127\.0\.0\.1:(\d+)", config.read_text())
     (port,) = free_ports(1)
@@ -77,7 +75,7 @@ def test_prometheus_finds_data_for_every_panel(tmp_path):
     try:
         server.wait()
         end = time.monotonic() + 600
-        with Client(server.grpc) as client:
+        with server.client() as client:
             while missing := _without_data(port):
                 assert time.monotonic() < end, (missing, (tmp_path / "prometheus.log").read_text())
                 client.generate(prompt="a red circle", num_images_per_prompt=2, **FIELDS)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from test_errors import wait_for
 
-from tests.triton_server import NEEDS_ENV, Served
+from tests.triton_server import ANSWER_S, NEEDS_ENV, Served
 
 pytestmark = NEEDS_ENV
 MAX_IN_FLIGHT = 16
@@ -81,9 +81,7 @@ def expected():
 
 @pytest.fixture
 def client(served):
-    from triton_models.client import Client
-
-    with Client(served.grpc) as found:
+    with served.client() as found:
         yield found
 
 
@@ -222,12 +220,10 @@ def test_overhead_is_measured_on_equal_pictures(served, client):
 
 def test_a_hundred_requests_of_twelve_clients(served, expected):
     """Nothing lost, nothing mixed; steps of different requests share forwards."""
-    from triton_models.client import Client
-
     before, wrong, numbers = served.counters(), [], list(range(100))
 
     def ask() -> None:
-        with Client(served.grpc) as client:
+        with served.client() as client:
             while numbers:
                 try:
                     number = numbers.pop()
@@ -273,24 +269,24 @@ def test_a_client_that_leaves_stops_its_request(served, client):
 
 def test_overload_is_refused_at_once(served):
     """While as many as may be in flight have taken a step and not the last."""
-    from triton_models.client import Client, ServerError
+    from triton_models.client import ServerError
 
     fields, answered, refused = _fields(0) | {"num_inference_steps": 40}, [], []
-    connected = threading.Barrier(MAX_IN_FLIGHT + 8, timeout=600)
-    full, places = threading.Barrier(MAX_IN_FLIGHT + 1, timeout=600), threading.Event()
+    connected = threading.Barrier(MAX_IN_FLIGHT + 8, timeout=ANSWER_S)
+    full, places = threading.Barrier(MAX_IN_FLIGHT + 1, timeout=ANSWER_S), threading.Event()
 
     def take_a_place() -> None:
-        with Client(served.grpc) as client:
+        with served.client() as client:
             assert client.is_ready()
             connected.wait()
             first = iter([full.wait])
             answered.append(client.generate(on_step=lambda *_: next(first, int)(), **fields))
 
     def find_none() -> None:
-        with Client(served.grpc) as client:
+        with served.client() as client:
             assert client.is_ready()
             connected.wait()
-            places.wait(600)
+            places.wait(ANSWER_S)
             try:
                 refused.append(len(client.generate(**fields)))
             except ServerError as error:
@@ -309,14 +305,14 @@ def test_overload_is_refused_at_once(served):
 
 def test_a_killed_model_is_noticed_and_loaded_again(served, client, expected):
     """Triton itself never ends the requests that were in it."""
-    from triton_models.client import Client, ServerError
+    from triton_models.client import ServerError
 
     fields = _fields(0) | {"num_inference_steps": 100, "progress": True}
     answers = client.responses(client.inputs(fields))
     next(answers)
     (stub,) = served.stubs("dit_transformer")
     os.kill(stub, signal.SIGKILL)
-    with Client(served.grpc) as other, pytest.raises(ServerError) as caught:
+    with served.client() as other, pytest.raises(ServerError) as caught:
         other.generate(**_fields(0))
     assert caught.value.code == "INTERNAL"
     with pytest.raises(ServerError, match="the transformer has lost the job") as caught:

@@ -18,6 +18,7 @@ from triton_models.parts import ROOT
 
 ENV = ROOT / ".venv-triton"
 READY_S = 900
+ANSWER_S = 120.0  # a server that lost a request shall not cost ten minutes of a test run
 NEEDS_ENV = pytest.mark.skipif(
     not (ENV / "bin" / "python3").exists(),
     reason="no .venv-triton: python -m triton_models.serve makes it",
@@ -74,6 +75,12 @@ class Served:
         while "ready after" not in self.words.read_text():
             assert self.process.poll() is None and time.monotonic() < end, self.words.read_text()
             time.sleep(0.2)
+
+    def client(self):
+        """Open a connection; an answer that stays away is queue.Empty."""
+        from triton_models.client import Client
+
+        return Client(self.grpc, timeout_s=ANSWER_S)
 
     def counters(self) -> dict[str, float]:
         """Read the orchestrator's metrics."""

@@ -1,6 +1,9 @@
 """Calls from one model of the server to another (Triton's BLS), tensors shared, not copied."""
 
-from collections.abc import Iterator
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -8,6 +11,12 @@ import torch
 from triton_models.parts import outgoing
 
 DECOUPLED = {"dit_transformer", "bls_orchestrator"}  # may answer more than once
+# Triton's stub (2.51) has a reference of its own to a call's answers and drops it in a thread
+# without Python's lock: were it the last, the answers' arrays would be freed beside running
+# threads, which damages the heap. So Python's is kept until long after
+KEPT_S = 10.0
+_kept: deque[tuple[float, object]] = deque()  # when each call ended, oldest first
+_lock = threading.Lock()
 
 
 def text(words: str) -> np.ndarray:
@@ -35,12 +44,31 @@ def responses(model: str, inputs: dict, outputs: list[str]) -> Iterator[dict]:
     request = pb_utils.InferenceRequest(
         model_name=model, requested_output_names=outputs, inputs=tensors_of(inputs)
     )
-    for response in request.exec(decoupled=True) if model in DECOUPLED else [request.exec()]:
-        if response.has_error():
-            raise RuntimeError(f"{model}: {response.error().message()}")
-        found = {tensor.name(): tensor for tensor in response.output_tensors()}
+    if model not in DECOUPLED:
+        yield from _tensors(model, [request.exec()])
+        return
+    answers = request.exec(decoupled=True)
+    try:
+        yield from _tensors(model, answers)
+    finally:
+        with _lock:
+            _kept.append((time.monotonic(), answers))
+            while time.monotonic() - _kept[0][0] > KEPT_S:
+                _kept.popleft()
+
+
+def _tensors(model: str, answers: Iterable) -> Iterator[dict]:
+    """Give each answer's tensors by name; an error after the last, so that the call has ended."""
+    failed = ""
+    for answer in answers:
+        if answer.has_error():
+            failed = failed or answer.error().message()
+            continue
+        found = {tensor.name(): tensor for tensor in answer.output_tensors()}
         if found:  # a decoupled model closes with an answer of nothing
             yield found
+    if failed:
+        raise RuntimeError(f"{model}: {failed}")
 
 
 def call(model: str, inputs: dict, output: str) -> torch.Tensor:

@@ -56,15 +56,22 @@ class ServerError(Exception):
 class Client:
     """One connection. Use it with `with`: an open one holds a server's shutdown.
 
-    `key` is what `serve` wants for loading and unloading. Raises: UserError without the package.
+    `key` is what `serve` wants for loading and unloading, `timeout_s` how long an answer may stay
+    away. Raises: UserError without the package.
     """
 
-    def __init__(self, port: int = 8001, host: str = "127.0.0.1", key: str = "") -> None:
+    def __init__(
+        self,
+        port: int = 8001,
+        host: str = "127.0.0.1",
+        key: str = "",
+        timeout_s: float = SILENCE_S,
+    ) -> None:
         if problem := missing_package():
             raise UserError(problem)
         import tritonclient.grpc as grpc
 
-        self.grpc, self.key = grpc, key
+        self.grpc, self.key, self.timeout_s = grpc, key, timeout_s
         self.connection = grpc.InferenceServerClient(f"{host}:{port}")
 
     def __enter__(self) -> "Client":
@@ -124,7 +131,7 @@ class Client:
             made.append(tensor)
         return made
 
-    def responses(self, inputs: list, timeout_s: float = SILENCE_S) -> Iterator:
+    def responses(self, inputs: list) -> Iterator:
         """Send one request and give its answers as they come; leaving the iterator cancels it.
 
         Raises: ServerError for what the server refuses; queue.Empty after timeout_s of silence.
@@ -140,7 +147,7 @@ class Client:
                     ORCHESTRATOR, inputs, enable_empty_final_response=True
                 )
             while not ended:
-                result, error = answers.get(timeout=timeout_s)
+                result, error = answers.get(timeout=self.timeout_s)
                 if error is not None:
                     raise ServerError(error)
                 ended = result.get_response().parameters["triton_final_response"].bool_param
@@ -153,7 +160,6 @@ class Client:
         self,
         prompt: str | list[str],
         on_step: Callable[[int, int], None] | None = None,
-        timeout_s: float = SILENCE_S,
         **fields,
     ) -> list:
         """Make images; `on_step(step, steps)` is called as they come.
@@ -165,7 +171,7 @@ class Client:
 
         fields |= {"prompt": prompt, "progress": on_step is not None}
         images = []
-        for result in self.responses(self.inputs(fields), timeout_s):
+        for result in self.responses(self.inputs(fields)):
             found = result.as_numpy("images")
             if found is not None:
                 images = [Image.open(io.BytesIO(png)).convert("RGB") for png in found.tolist()]

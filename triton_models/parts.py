@@ -158,6 +158,21 @@ def outgoing(name: str, tensor):
     return pb_utils.Tensor.from_dlpack(name, tensor.detach().contiguous())
 
 
+def send(sender, response=None, last: bool = False) -> None:
+    """Send one response; the last one, which may be none, also closes the request.
+
+    Triton's stub (2.51) drops the tensors that the caller did not ask for after it has let go of
+    Python's lock: were they its own alone by then, it would free their arrays beside running
+    threads, which damages the heap.
+    """
+    import triton_python_backend_utils as pb_utils
+
+    held = [] if response is None else response.output_tensors()
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+    sender.send(*([] if response is None else [response]), flags=flags)
+    del held
+
+
 def send_last(sender, response) -> None:
     """Send a request's last response; where it cannot be sent (shared memory is full), an error.
 
@@ -166,13 +181,12 @@ def send_last(sender, response) -> None:
     """
     import triton_python_backend_utils as pb_utils
 
-    final = {"flags": pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL}
     try:
-        sender.send(response)
+        send(sender, response)
     except Exception as error:
-        sender.send(pb_utils.InferenceResponse([], error=failure(error)), **final)
+        send(sender, pb_utils.InferenceResponse([], error=failure(error)), last=True)
     else:
-        sender.send(**final)
+        send(sender, last=True)
 
 
 def failure(error: Exception, code: str = "INTERNAL"):

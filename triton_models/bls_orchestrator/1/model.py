@@ -81,7 +81,7 @@ class TritonPythonModel:
                 requests.refuse_parameters(request.parameters())
                 if inputs.value("ping", False):
                     pong = _response({"step": torch.zeros(1, dtype=torch.int32)})
-                    _send(sender, pong, last=True)
+                    parts.send(sender, pong, last=True)
                     continue
                 wanted = requests.read(inputs, self.args, self.limits)
             except ValueError as error:
@@ -98,7 +98,7 @@ class TritonPythonModel:
 
     def _refuse(self, sender, error: Exception, code: str) -> None:
         self.metrics.request(code.lower())
-        _send(sender, _response(error=parts.failure(error, code)), last=True)
+        parts.send(sender, _response(error=parts.failure(error, code)), last=True)
 
     def _serve(self, wanted: requests.Wanted, sender, arrived: float) -> None:
         outcome = "ok"
@@ -124,7 +124,7 @@ class TritonPythonModel:
             if outcome == "ok":
                 parts.send_last(sender, response)
             else:
-                _send(sender, response, last=True)
+                parts.send(sender, response, last=True)
 
     def _make(self, wanted: requests.Wanted, sender, deadline: float) -> dict:
         """Take one request from prompts to the tensors of its last response."""
@@ -237,7 +237,7 @@ class TritonPythonModel:
                 self.metrics.denoised(heard.step, **heard.numbers)
             if wanted.progress and min(steps) > told:
                 told = min(steps)
-                _send(sender, _response(_progress(told, wanted.steps)), last=False)
+                parts.send(sender, _response(_progress(told, wanted.steps)))
         return latents
 
     def finalize(self) -> None:
@@ -254,12 +254,6 @@ def _response(tensors: dict | None = None, error=None):
     import triton_python_backend_utils as pb_utils
 
     return pb_utils.InferenceResponse(calls.tensors_of(tensors or {}), error=error)
-
-
-def _send(sender, response, last: bool) -> None:
-    import triton_python_backend_utils as pb_utils
-
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
 
 
 def _stop(job: str) -> None:

@@ -81,7 +81,7 @@ class TritonPythonModel:
                 self._take(parts.Inputs(request), sender)
             except Exception as error:
                 code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else _code(error)
-                _send(sender, _response(error=parts.failure(error, code)), last=True)
+                parts.send(sender, _response(error=parts.failure(error, code)), last=True)
 
     def own(self, inputs: parts.Inputs, name: str):
         """Give a tensor that outlives execute(), after which Triton takes its memory back."""
@@ -102,19 +102,19 @@ class TritonPythonModel:
                 self.stopped.append(name)
                 if name in self.running:
                     self.cancelled.add(name)
-            _send(sender, last=True)
+            parts.send(sender, last=True)
             return
         if "cancel" in inputs and "latents" not in inputs:  # whether it is there
             with self.lock:
                 if name not in self.running:
                     raise ValueError("job: found none of this name that runs")
-            _send(sender, last=True)
+            parts.send(sender, last=True)
             return
         if problem := problems_of(inputs, self.transformer.guided):
             raise ValueError(problem)
         height, width = inputs.values("size")[:2]
         progress = inputs.value("progress", False)
-        send = _in_order(sender) if "step_lengths" in inputs else partial(_send, sender)
+        send = _in_order(sender) if "step_lengths" in inputs else partial(parts.send, sender)
 
         def here(tensor_name: str):
             return self.own(inputs, tensor_name)
@@ -186,14 +186,6 @@ def _response(tensors: dict | None = None, error=None):
     return pb_utils.InferenceResponse(outputs, error=error)
 
 
-def _send(sender, response=None, last: bool = False) -> None:
-    """Send one response; the last one, which may be none, also closes the request."""
-    import triton_python_backend_utils as pb_utils
-
-    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-    sender.send(*([] if response is None else [response]), flags=flags)
-
-
 def _in_order(sender) -> Callable:
     """Give a function that sends a job's responses from a thread of the job's own.
 
@@ -210,7 +202,7 @@ def _in_order(sender) -> Callable:
                 parts.send_last(sender, response)
                 return
             with contextlib.suppress(Exception):  # the job goes on, and its end is told
-                _send(sender, response)
+                parts.send(sender, response)
 
     def send(response, last: bool = False) -> None:
         waiting.put((response, last))
