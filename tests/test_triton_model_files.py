@@ -1,8 +1,10 @@
 """The other models' own files without a server: whose fault an error is, cancellation, health."""
 
 import importlib.util
+import queue
 import sys
 import threading
+import weakref
 from collections import deque
 from concurrent import futures
 from threading import Lock
@@ -11,9 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_errors import wait_for
 from test_triton_denoiser import Velocity
 
-from triton_models import parts, repository
+from triton_models import calls, parts, repository
 from triton_models.denoiser import Denoiser
 
 
@@ -50,7 +53,9 @@ def triton_module() -> SimpleNamespace:
     """What Triton's own module has for answers."""
     triton = SimpleNamespace(
         TritonError=lambda words, code: words,
-        InferenceResponse=lambda outputs, error=None: SimpleNamespace(error=error),
+        InferenceResponse=lambda outputs, error=None: SimpleNamespace(
+            error=error, output_tensors=lambda: outputs
+        ),
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
     codes = ("INVALID_ARG", "INTERNAL", "UNAVAILABLE", "CANCELLED")
@@ -84,6 +89,8 @@ def transformer(monkeypatch):
     model = model_of("dit_transformer").TritonPythonModel()
     model.transformer, model.device, model.lock = SimpleNamespace(guided=False), "cpu", Lock()
     model.running, model.cancelled, model.stopped = {}, set(), deque(maxlen=2)
+    model.asking, model.steps = {}, queue.SimpleQueue()
+    threading.Thread(target=model._tell_steps, daemon=True).start()
     model.velocity = Velocity()
     model.denoiser = Denoiser(model.velocity, (1, 2))
     yield model
@@ -128,7 +135,7 @@ def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
     late, other = Asked(**_given()), Asked(**_given(job=b"c"))
     transformer.execute([*cancel, late, other])
     assert late.errors == ["CANCELLED: cancelled before it came"]
-    assert other.errors == [] and transformer.running == {"c": 1}
+    assert other.errors == [] and list(transformer.running) == ["c"]
     here, gone = (Asked(job=name, cancel=False) for name in (b"c", b"a"))
     transformer.execute([here, gone])
     assert here.errors == []
@@ -137,9 +144,8 @@ def test_a_cancellation_that_overtakes_its_job_stops_it(transformer):
     assert again.errors == []
 
 
-@pytest.mark.parametrize("progress", [False, True])
 @pytest.mark.parametrize("failing", ["making", "sending"])
-def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, failing, progress):
+def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, failing):
     sender = Sender(room=failing == "making")
 
     def outgoing(name: str, tensor):
@@ -149,12 +155,79 @@ def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, fail
 
     monkeypatch.setattr(parts, "outgoing", outgoing)
     transformer.denoiser.forward = lambda **inputs: inputs["latents"]
-    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2), "progress": progress}
+    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2)}
     given |= {name: value for name, value in _given().items() if name not in given}
     transformer._take(parts.Inputs(Asked(**given)), sender)
     assert sender.ended.wait(600)
     words = {"making": "CUDA error", "sending": "no shared memory"}[failing]
     assert (sender.errors, sender.closed) == ([f"INTERNAL: {words}"], True)
+
+
+def test_a_step_is_told_when_the_slowest_image_has_taken_it(transformer, monkeypatch):
+    """Once for each question, and at the latest when the last has ended."""
+    monkeypatch.setattr(parts, "outgoing", lambda name, tensor: (name, tensor))
+    turns, answers = threading.Semaphore(0), queue.SimpleQueue()
+
+    def forward(**inputs) -> torch.Tensor:
+        turns.acquire()
+        return inputs["latents"]
+
+    def send(response, flags: int) -> None:
+        ((name, tensor),) = response.output_tensors()
+        answers.put((name, int(tensor), flags))
+
+    transformer.denoiser.forward = forward
+    wide = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2)}
+    for size in ([16, 16], [16, 32]):  # never in one forward
+        tokens = size[1] // 16
+        own = wide | {"latents": torch.zeros(1, tokens, 1), "size": [size]}
+        transformer._take(parts.Inputs(Asked(**_given() | own)), Sender(True))
+    for after in (0, 1):
+        question = parts.Inputs(Asked(job=b"a", after=after))
+        transformer._take(question, SimpleNamespace(send=send))
+    turns.release()
+    with pytest.raises(queue.Empty):
+        answers.get(timeout=0.2)
+    turns.release()
+    assert answers.get(timeout=600) == ("step", 1, 1) and answers.empty()
+    turns.release(2)
+    assert answers.get(timeout=600) == ("step", 2, 1)
+    wait_for(lambda: not transformer.running and not transformer.asking)
+    with pytest.raises(ValueError, match="none of this name that runs"):
+        transformer._take(parts.Inputs(Asked(job=b"a", after=2)), SimpleNamespace(send=send))
+
+
+def test_answers_are_kept_beyond_their_call_and_its_error_comes_last(monkeypatch):
+    """Triton's stub would free what it alone has, without Python's lock."""
+
+    class Answers(list): ...
+
+    def answer(error=None, **tensors) -> SimpleNamespace:
+        found = [SimpleNamespace(name=lambda name=name: name) for name in tensors]
+        return SimpleNamespace(
+            has_error=lambda: error is not None,
+            error=lambda: SimpleNamespace(message=lambda: error),
+            output_tensors=lambda: found,
+        )
+
+    given = Answers([answer(step=1), answer("lost"), answer()])
+    alive, clock = weakref.ref(given), [100.0]
+    module = SimpleNamespace(
+        InferenceRequest=lambda **_: SimpleNamespace(exec=lambda decoupled: given)
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
+    monkeypatch.setattr(calls.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(calls, "_kept", deque())
+    found = calls.responses("dit_transformer", {}, [])
+    assert list(next(found)) == ["step"]
+    with pytest.raises(RuntimeError, match="dit_transformer: lost"):
+        next(found)
+    del given, found
+    given = Answers()
+    clock[0] += calls.KEPT_S
+    assert list(calls.responses("dit_transformer", {}, [])) == [] and alive() is not None
+    clock[0] += 0.1
+    assert list(calls.responses("dit_transformer", {}, [])) == [] and alive() is None
 
 
 def test_a_caller_that_takes_no_answers_stops_nobody_else(transformer, monkeypatch):
@@ -163,10 +236,10 @@ def test_a_caller_that_takes_no_answers_stops_nobody_else(transformer, monkeypat
     gate, other = threading.Event(), Sender(True)
     dead = SimpleNamespace(send=lambda *response, flags=0: gate.wait(600))
     transformer.denoiser.forward = lambda **inputs: inputs["latents"]
-    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2), "progress": True}
+    given = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2)}
     for sender in (dead, other):
         transformer._take(parts.Inputs(Asked(**_given() | given)), sender)
-    assert other.ended.wait(600) and other.sent == 2 and not other.errors
+    assert other.ended.wait(600) and other.sent == 1 and not other.errors
     gate.set()
 
 

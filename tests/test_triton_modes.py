@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -140,6 +141,28 @@ def test_packages_of_the_scripts_are_served(tmp_path):
     finally:
         assert server.stop() == 0
     assert stored and sorted((tmp_path / "store").glob("*.pt2")) == stored
+
+
+def test_thousands_of_steps_told_to_many_clients_leave_the_server_whole(tmp_path):
+    """Triton's stub damaged its heap, or locked itself up, within some ten or a hundred rounds."""
+    server, rounds, clients, steps = _served(tmp_path, "--ckpt", "tiny-dev"), 40, 16, 100
+    small = {"prompt": "a", "height": 16, "width": 16, "num_inference_steps": steps}
+
+    def ask(number: int) -> list[int]:
+        told: list[int] = []
+        with server.client() as client:
+            assert len(client.generate(on_step=lambda step, _: told.append(step), **small)) == 1
+        return told
+
+    stubs = [server.stubs(model) for model in (*MODELS, HEALTH)]
+    try:
+        with ThreadPoolExecutor(clients) as threads:
+            for told in threads.map(ask, range(rounds * clients)):
+                assert told == list(range(1, steps + 1))
+        assert [server.stubs(model) for model in (*MODELS, HEALTH)] == stubs
+        assert "loaded again" not in server.words.read_text()
+    finally:
+        assert server.stop() == 0
 
 
 def test_every_model_that_dies_is_loaded_again(tmp_path):

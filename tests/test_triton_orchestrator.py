@@ -179,3 +179,38 @@ def test_a_job_that_ends_without_latents_is_an_error(monkeypatch):
     assert [(one.image, str(one.error)) for one in told] == [
         (3, "dit_transformer: ended without latents")
     ]
+
+
+def test_every_step_is_told_though_some_come_together(monkeypatch):
+    """A question may come before its job, and find it two steps further."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton_module())
+    orchestrator, sent, seen = model_of("bls_orchestrator"), [], threading.Event()
+    found = iter([RuntimeError("none"), 1, 3])
+
+    def step_after(name: str, step: int) -> int:
+        if isinstance(one := next(found, RuntimeError("none")), Exception):
+            raise one
+        if one == 3:
+            seen.set()
+        return one
+
+    def job(image: int, inputs: dict, tell) -> None:
+        seen.wait(600)
+        numbers = dict.fromkeys(orchestrator.JOB_NUMBERS, 0.0)
+        tell(orchestrator.News(image, 4, torch.zeros(1), numbers))
+
+    monkeypatch.setattr(orchestrator.calls, "step_after", step_after)
+    monkeypatch.setattr(orchestrator, "_denoising_job", job)
+    monkeypatch.setattr(orchestrator, "_response", lambda tensors: tensors)
+    monkeypatch.setattr(parts, "send", lambda sender, tensors: sent.append(int(tensors["step"])))
+    args = parts.settings(["--ckpt", "tiny-dev", "--device", "cpu"])
+    model = orchestrator.TritonPythonModel()
+    model.start, model.limits = orchestrator.Start(args), requests.Limits(max_in_flight=1)
+    model.metrics = SimpleNamespace(denoised=lambda *_, **__: None)
+    model._new_callers()
+    given = Given(prompt=[b"a"], num_inference_steps=4, progress=True)
+    wanted = requests.read(given, args, model.limits)
+    there = SimpleNamespace(is_cancelled=lambda: False)
+    model._denoise(wanted, [None], [None], there, time.perf_counter() + 600)
+    model.callers.shutdown()
+    assert sent == [1, 2, 3, 4]

@@ -95,6 +95,20 @@ def ask(job: str) -> None:
     _of_job(job, False)
 
 
+def step_after(job: str, step: int) -> int:
+    """Wait until the slowest of a job's images that run has taken more steps than that.
+
+    A call for each step: with three answers to one call Triton's stub (2.51) can lock itself up,
+    between the thread that brings the third, one that has not taken the second yet and one that
+    begins another call.
+
+    Returns: how many steps it has taken
+    Raises: RuntimeError if none runs: it has not come yet, or has ended.
+    """
+    after = torch.tensor([[step]], dtype=torch.int32)
+    return int(call("dit_transformer", {"job": text(job), "after": after}, "step"))
+
+
 def _of_job(job: str, cancelled: bool) -> None:
     inputs = {"job": text(job), "cancel": torch.tensor([[cancelled]])}
     for _ in responses("dit_transformer", inputs, ["step"]):

@@ -43,6 +43,8 @@ MEANING = {
     "job": "a name to cancel it by",
     "cancel": "true: stop the jobs of this name, those that come later too; false without latents: "
     "an error if none runs; nothing else is read",
+    "after": "a step: answer once the slowest running job of this name has taken more, or the last "
+    "has ended; an error if none runs",
     "noise_pred": "the velocity of one step, in the latents' shape",
     "step": "steps taken so far",
     "steps": "steps in all",

@@ -15,7 +15,7 @@ from utils.errors import UserError
 HERE = Path(__file__).resolve().parent
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 STUBS = ("python3.10", "python3.11", "python3.12")  # that the wheel has a Python stub for
-CALLS_PER_REQUEST = 2  # threads of the orchestrator for each request in flight
+CALLS_PER_REQUEST = 3  # threads of the orchestrator for each request in flight
 MESSAGES_PER_REQUEST = 2  # its answers; its refusal or cancellation
 
 

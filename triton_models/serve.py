@@ -22,13 +22,14 @@ import time
 from pathlib import Path
 
 from triton_models import repository
-from triton_models.client import Client, missing_package
+from triton_models.client import ORCHESTRATOR, Client, missing_package
 from triton_models.parts import HEALTH, MODELS, ROOT
 from utils.benchmark_utils import Parser
 from utils.checks import file_problem
 from utils.errors import signals_later
 
 STOP_S = 30
+SILENCE_S = 60.0  # of the orchestrator, which answers a health check without computing
 DAY_S = 86400.0  # a request is over within minutes: whoever asks for more means never
 KEY_NAME = "admin-key"  # over gRPC: triton-grpc-protocol-admin-key
 # what changes the server or names files and memory: never a client's
@@ -190,7 +191,8 @@ class Server:
     def heal(self) -> list[str]:
         """Load again what does not compute; say what was done.
 
-        What is merely silent may be compiling for a call of a new kind: it has as long as a start.
+        What is merely silent may be compiling for a call of a new kind: it has as long as a start;
+        the orchestrator computes nothing itself.
         """
         from tritonclient.utils import InferenceServerException
 
@@ -200,7 +202,10 @@ class Server:
             silent = [name for name, words in found.items() if words.startswith("no answer")]
             self.silent = {name: self.silent.get(name, now) for name in silent}
             for name, words in found.items():
-                if name in silent and now - self.silent[name] < self.args.timeout:
+                patience = self.args.timeout
+                if name == ORCHESTRATOR:
+                    patience = min(patience, SILENCE_S)
+                if name in silent and now - self.silent[name] < patience:
                     continue
                 self.silent.pop(name, None)  # a new process has its own time
                 try:

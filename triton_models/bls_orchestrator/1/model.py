@@ -35,6 +35,7 @@ from triton_models import calls, parts, requests
 from triton_models.components import Start
 from triton_models.metrics import Metrics
 from triton_models.pictures import encoded
+from triton_models.repository import CALLS_PER_REQUEST
 from triton_models.watch import Watch
 
 RETRY_S = 2
@@ -48,9 +49,9 @@ class Stopped(Exception):
 
 @dataclass
 class News:
-    """What a denoising job says of itself: a step, its end or its failure."""
+    """What is said of denoising jobs: a step of the slowest, the end of one or its failure."""
 
-    image: int
+    image: int | None
     step: int = 0
     latents: torch.Tensor | None = None
     numbers: dict[str, float] = field(default_factory=dict)  # JOB_NUMBERS, at the end
@@ -71,7 +72,7 @@ class TritonPythonModel:
 
     def _new_callers(self) -> None:
         """Take new threads for calls: those whose calls never end are lost."""
-        self.callers = ThreadPoolExecutor(2 * self.limits.max_in_flight, "call")
+        self.callers = ThreadPoolExecutor(CALLS_PER_REQUEST * self.limits.max_in_flight, "call")
 
     def execute(self, incoming) -> None:
         for request in incoming:
@@ -201,11 +202,13 @@ class TritonPythonModel:
                 "size": torch.tensor([[wanted.height, wanted.width]], dtype=torch.int32),
                 "prompt_embeds": embeds[wanted.prompt_of(image)],
                 "pooled_prompt_embeds": pooled[wanted.prompt_of(image)],
-                "progress": torch.tensor([[wanted.progress]]),
             }
             if wanted.guidance is not None:
                 tensors["guidance"] = torch.tensor([[wanted.guidance]], dtype=torch.float32)
             jobs.append(self.callers.submit(_denoising_job, image, tensors, news.put))
+        over = threading.Event()
+        if wanted.progress:
+            self.callers.submit(_follow_steps, name, news.put, over)
         try:
             return self._follow(wanted, sender, deadline, news, Watch(name))
         except BaseException:
@@ -214,13 +217,15 @@ class TritonPythonModel:
             # not waited for: a transformer that hangs does not answer this either
             threading.Thread(target=_stop, args=(name,), daemon=True).start()
             raise
+        finally:
+            over.set()
 
     def _follow(self, wanted, sender, deadline: float, news: queue.SimpleQueue, watch) -> list:
-        """Wait for all jobs; pass on the step that the slowest of them has reached."""
-        steps, latents, told = [0] * wanted.images, [None] * wanted.images, 0
+        """Wait for all jobs; pass on every step that the slowest of them has taken."""
+        latents, told = [None] * wanted.images, 0
         while any(part is None for part in latents):
             if sender.is_cancelled():
-                raise Stopped(f"cancelled at step {min(steps)}")
+                raise Stopped(f"cancelled at step {told}")
             try:
                 heard = news.get(timeout=min(self._left(deadline), 0.2))
             except queue.Empty:
@@ -231,12 +236,13 @@ class TritonPythonModel:
             watch.news()
             if heard.error is not None:
                 raise heard.error
-            steps[heard.image] = heard.step
-            if heard.latents is not None:
+            step = heard.step
+            if heard.image is not None:
                 latents[heard.image] = heard.latents
                 self.metrics.denoised(heard.step, **heard.numbers)
-            if wanted.progress and min(steps) > told:
-                told = min(steps)
+                step = 0 if any(part is None for part in latents) else wanted.steps
+            while wanted.progress and told < step:
+                told += 1
                 parts.send(sender, _response(_progress(told, wanted.steps)))
         return latents
 
@@ -261,6 +267,18 @@ def _stop(job: str) -> None:
         calls.cancel(job)
 
 
+def _follow_steps(job: str, tell, over: threading.Event) -> None:
+    """Tell every step of a job as News, until it is over."""
+    step = 0
+    while not over.is_set():
+        try:
+            step = calls.step_after(job, step)
+        except RuntimeError:  # it has not come yet, or has ended
+            over.wait(0.02)
+            continue
+        tell(News(None, step))
+
+
 def _denoising_job(image: int, inputs: dict, tell) -> None:
     """Follow one job in the transformer: tell its News, an error included."""
 
@@ -270,12 +288,9 @@ def _denoising_job(image: int, inputs: dict, tell) -> None:
     latents = None
     try:
         for found in calls.responses("dit_transformer", inputs, JOB_OUTPUTS):
-            step = number(found, "step")
-            if "latents" not in found:
-                tell(News(image, step))
-                continue
             latents = torch.from_dlpack(found["latents"].to_dlpack())
-            tell(News(image, step, latents, {name: number(found, name) for name in JOB_NUMBERS}))
+            numbers = {name: number(found, name) for name in JOB_NUMBERS}
+            tell(News(image, number(found, "step"), latents, numbers))
         if latents is None:
             raise RuntimeError("dit_transformer: ended without latents")
     except Exception as error:

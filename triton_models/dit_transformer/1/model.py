@@ -22,8 +22,6 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -71,8 +69,11 @@ class TritonPythonModel:
         self.denoiser = Denoiser(self.transformer, sizes)
         self.cancelled: set[str] = set()  # of those that run
         self.stopped: deque[str] = deque(maxlen=REMEMBERED)
-        self.running: dict[str, int] = {}
+        self.running: dict[str, list[Job]] = {}
+        self.asking: dict[str, list[tuple[int, object]]] = {}  # name -> (after which step, sender)
         self.lock = threading.Lock()
+        self.steps: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._tell_steps, daemon=True).start()
 
     def execute(self, requests) -> None:
         for request in requests:
@@ -104,28 +105,31 @@ class TritonPythonModel:
                     self.cancelled.add(name)
             parts.send(sender, last=True)
             return
-        if "cancel" in inputs and "latents" not in inputs:  # whether it is there
+        if "latents" not in inputs and ("cancel" in inputs or "after" in inputs):
             with self.lock:
                 if name not in self.running:
                     raise ValueError("job: found none of this name that runs")
-            parts.send(sender, last=True)
+                if "after" in inputs:
+                    self.asking.setdefault(name, []).append((inputs.value("after"), sender))
+                    self._answer_steps(name)
+                    return
+            parts.send(sender, last=True)  # it is there
             return
         if problem := problems_of(inputs, self.transformer.guided):
             raise ValueError(problem)
         height, width = inputs.values("size")[:2]
-        progress = inputs.value("progress", False)
-        send = _in_order(sender) if "step_lengths" in inputs else partial(parts.send, sender)
 
         def here(tensor_name: str):
             return self.own(inputs, tensor_name)
 
         def after_step(job: Job) -> None:
-            if progress:
-                send(_response({"step": _column(job, job.step, torch.int32)}))
+            with self.lock:
+                self._answer_steps(name)
 
         def done(job: Job, error: Exception | None) -> None:
             with self.lock:
-                self.running[name] -= 1
+                self.running[name].remove(job)
+                self._answer_steps(name, job.step)
                 if not self.running[name]:
                     del self.running[name]
                     self.cancelled.discard(name)
@@ -136,7 +140,12 @@ class TritonPythonModel:
                     error = failed
             if error is not None:
                 response = _response(error=parts.failure(error, _code(error)))
-            send(response, last=True)
+            if job.lengths is None:
+                parts.send(sender, response, last=True)
+                return
+            # All but a call's first message wait until the caller has taken them: of one whose
+            # process died for ever, and this thread has others' jobs
+            threading.Thread(target=parts.send_last, args=(sender, response), daemon=True).start()
 
         job = Job(
             here("latents"),
@@ -155,7 +164,30 @@ class TritonPythonModel:
             if name in self.stopped:
                 raise Cancelled("cancelled before it came")
             self.denoiser.submit(job)
-            self.running[name] = self.running.get(name, 0) + 1
+            self.running.setdefault(name, []).append(job)
+
+    def _answer_steps(self, name: str, ended: int = 0) -> None:
+        """Queue answers for whoever waits for a step that the slowest of these jobs has taken.
+
+        `ended` is the step at which the last of them has ended. Under the lock.
+        """
+        if name not in self.asking:
+            return
+        running = self.running[name]
+        step = min((job.step for job in running), default=ended)
+        asking = self.asking.pop(name)
+        if later := [one for one in asking if running and one[0] >= step]:
+            self.asking[name] = later
+        for one in asking:
+            if one not in later:
+                self.steps.put((one[1], step))
+
+    def _tell_steps(self) -> None:
+        while True:
+            sender, step = self.steps.get()
+            with contextlib.suppress(Exception):  # the job goes on, and its end is told
+                answer = {"step": torch.tensor([[step]], dtype=torch.int32)}
+                parts.send(sender, _response(answer), last=True)
 
     def finalize(self) -> None:
         self.denoiser.close()
@@ -184,33 +216,6 @@ def _response(tensors: dict | None = None, error=None):
 
     outputs = [parts.outgoing(name, tensor) for name, tensor in (tensors or {}).items()]
     return pb_utils.InferenceResponse(outputs, error=error)
-
-
-def _in_order(sender) -> Callable:
-    """Give a function that sends a job's responses from a thread of the job's own.
-
-    All but a call's first response wait in send() until the caller has taken them: of one whose
-    process died for ever, and the denoiser's thread has others' jobs.
-    """
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    threads: list[threading.Thread] = []
-
-    def work() -> None:
-        while True:
-            response, last = waiting.get()
-            if last:
-                parts.send_last(sender, response)
-                return
-            with contextlib.suppress(Exception):  # the job goes on, and its end is told
-                parts.send(sender, response)
-
-    def send(response, last: bool = False) -> None:
-        waiting.put((response, last))
-        if not threads:
-            threads.append(threading.Thread(target=work, daemon=True))
-            threads[0].start()
-
-    return send
 
 
 if __name__ == "__main__":
