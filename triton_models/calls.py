@@ -16,7 +16,7 @@ DECOUPLED = {"dit_transformer", "bls_orchestrator"}  # may answer more than once
 # threads, which damages the heap. So Python's is kept until long after
 KEPT_S = 10.0
 _kept: deque[tuple[float, object]] = deque()  # when each call ended, oldest first
-_lock = threading.Lock()
+_lock = threading.RLock()  # a call that was left may be collected, and so end, while it is held
 
 
 def text(words: str) -> np.ndarray:
