@@ -166,9 +166,10 @@ def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, fail
 def test_a_step_is_told_when_the_slowest_image_has_taken_it(transformer, monkeypatch):
     """Once for each question, and at the latest when the last has ended."""
     monkeypatch.setattr(parts, "outgoing", lambda name, tensor: (name, tensor))
-    turns, answers = threading.Semaphore(0), queue.SimpleQueue()
+    turns, answers, begun = threading.Semaphore(0), queue.SimpleQueue(), threading.Event()
 
     def forward(**inputs) -> torch.Tensor:
+        begun.set()
         turns.acquire()
         return inputs["latents"]
 
@@ -177,6 +178,8 @@ def test_a_step_is_told_when_the_slowest_image_has_taken_it(transformer, monkeyp
         answers.put((name, int(tensor), flags))
 
     transformer.denoiser.forward = forward
+    transformer._take(parts.Inputs(Asked(**_given(job=b"before"))), Sender(True))
+    assert begun.wait(600)  # so that the two come together, and then take turns
     wide = {"timestep": torch.ones(1, 2), "step_lengths": torch.ones(1, 2)}
     for size in ([16, 16], [16, 32]):  # never in one forward
         tokens = size[1] // 16
@@ -185,7 +188,7 @@ def test_a_step_is_told_when_the_slowest_image_has_taken_it(transformer, monkeyp
     for after in (0, 1):
         question = parts.Inputs(Asked(job=b"a", after=after))
         transformer._take(question, SimpleNamespace(send=send))
-    turns.release()
+    turns.release(2)
     with pytest.raises(queue.Empty):
         answers.get(timeout=0.2)
     turns.release()
