@@ -214,8 +214,9 @@ def test_ctrl_c_leaves_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
-def test_weights_that_are_not_whole_are_one_line(part, tmp_path):
-    """transformers would draw those that are missing at random, and say so only in its log."""
+@pytest.mark.parametrize("found", ["missing", "extra"])
+def test_weights_that_do_not_fit_the_config_are_one_line(part, found, tmp_path):
+    """transformers would draw those that are missing at random; both would leave out the others."""
     from safetensors.torch import load_file, save_file
 
     from utils.errors import UserError
@@ -225,12 +226,16 @@ def test_weights_that_are_not_whole_are_one_line(part, tmp_path):
     shutil.copytree(ROOT / "tiny_flux" / "tiny-schnell", copy)
     (file,) = (copy / part).glob("*.safetensors")
     tensors = load_file(file)
-    tensors.pop(name := min(name for name in tensors if name.endswith("weight")))
+    if found == "missing":
+        tensors.pop(name := min(name for name in tensors if name.endswith("weight")))
+        said = r"[12] of its weights are missing \("
+    else:  # as the first block of a larger model
+        like = min(n for n in tensors if n.endswith("weight") and ".0." in n)
+        tensors[name := like.replace(".0.", ".9.", 1)] = tensors[like].clone()
+        said = r"1 of its weights have no place in its configs \("
     save_file(tensors, file, {"format": "pt"})
     args = make_args("--device", "cpu", "--ckpt", str(copy))
-    with pytest.raises(
-        UserError, match=r"cannot be loaded: [12] of its weights are missing \("
-    ) as no:
+    with pytest.raises(UserError, match=f"cannot be loaded: {said}") as no:
         load_pipeline(args)
     assert name in str(no.value) and len(str(no.value).splitlines()) == 1
 

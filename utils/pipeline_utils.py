@@ -100,7 +100,8 @@ def load_pipeline(args, without: tuple[str, ...] = ()):
 def _from_pretrained(args, without: tuple[str, ...]):
     """Load the weights of a checkpoint, all of them: both libraries go on with a part.
 
-    What is missing diffusers leaves without memory, and transformers draws at random.
+    What is missing diffusers leaves without memory, and transformers draws at random. What the
+    file has beyond the config (a block more, say) both leave out with a warning.
     """
     import diffusers
     from safetensors import SafetensorError
@@ -109,18 +110,27 @@ def _from_pretrained(args, without: tuple[str, ...]):
     source = args.checkpoint.path or args.checkpoint.name
     absent = (*without, "transformer") if args.gguf_file else without  # step gguf brings it
     try:
-        with heard("transformers.modeling_utils") as warned:
+        with heard("transformers.modeling_utils", "diffusers.models.modeling_utils") as warned:
             pipeline = cls.from_pretrained(source, dtype=args.dtype, **dict.fromkeys(absent))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         what = " ".join(str(error).split())
         raise UserError(f"--ckpt {args.ckpt}: cannot be loaded: {what[:300]}") from error
-    missing = re.findall(r"(?m)^(.+?) *\|.*MISSING", "\n".join(warned))
+    said = "\n".join(warned)
+    missing = re.findall(r"(?m)^(.+?) *\|.*MISSING", said)
     for part in filter(None, (pipeline.transformer, pipeline.vae)):
         missing += [name for name, tensor in part.named_parameters() if tensor.is_meta]
     if missing:
         raise UserError(
             f"--ckpt {args.ckpt}: cannot be loaded: {len(missing)} of its weights are missing "
             f"({missing[0]}, ...)"
+        )
+    extra = re.findall(r"(?m)^(.+?) *\|.*UNEXPECTED", said)
+    for names in re.findall(r"were not used when initializing \w+: \s*\['(.*)'\]", said):
+        extra += sorted(names.split(", "))
+    if extra:
+        raise UserError(
+            f"--ckpt {args.ckpt}: cannot be loaded: {len(extra)} of its weights have no place in "
+            f"its configs ({extra[0]}, ...)"
         )
     return pipeline
 

@@ -36,18 +36,20 @@ def no_bars_without_terminal() -> None:
 
 
 @contextmanager
-def heard(name: str) -> Iterator[list[str]]:
-    """Collect what a library's logger warns of in the body, whatever its level, and print none."""
+def heard(*names: str) -> Iterator[list[str]]:
+    """Collect what loggers of libraries warn of in the body, whatever their level; print none."""
     found: list[str] = []
-    logger, handler = logging.getLogger(name), logging.Handler()
+    loggers, handler = [logging.getLogger(name) for name in names], logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
     try:
         yield found
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
