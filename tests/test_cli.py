@@ -1,6 +1,7 @@
 """The command line: quick help, both spellings, defaults; refusals: test_refusals.py."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -94,6 +95,19 @@ def test_defaults_of_the_published_checkpoints(ckpt, expected, roomy):
     assert got == expected
 
 
+def evening() -> tuple[str, list[str]]:
+    """Give the README's section on the default stack, and the files that it says to read."""
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## Read it in an evening\n")[2].partition("\n## ")[0]
+    return section, re.findall(r"`(utils/[\w/]+\.py)`", section)
+
+
+def test_an_evenings_reading_is_as_long_as_the_readme_says():
+    section, files = evening()
+    lines = sum(len((ROOT / file).read_text().splitlines()) for file in files)
+    assert f"{len(files)} files, {round(lines, -2):,} lines" in section, (len(files), lines)
+
+
 def test_defaults_on_a_hopper_gpu(as_machine, monkeypatch):
     from utils.kernels import flash_attention
 
@@ -114,6 +128,7 @@ def test_defaults_on_a_hopper_gpu(as_machine, monkeypatch):
         "inductor_tuning_flags",
         "export_aoti",
     ]
+    assert {f"utils/steps/{name}.py" for name in on} <= set(evening()[1])
     lossless = make_args("--random_weights", "--disable_quant")
     assert lossless.plan["fa3"].settings["dtype"] == "bf16"
 
