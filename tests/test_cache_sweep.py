@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from utils import cache_points, cache_sweep, curve
+from utils import cache_points, cache_sweep, card, curve
 from utils.diffusers_caches import FIRST_BLOCK, MAGNITUDE
 from utils.errors import UserError
 from utils.steps.step_mask import PRESETS, mask_of
@@ -55,6 +55,7 @@ def test_two_prompts_make_rows_and_a_plot(monkeypatch, tmp_path, capsys):
     call = ("--num_inference_steps", "9", "--max_sequence_length", "64", "--quality_prompts", "2")
     flags = ("--device", "cpu", *call, "--points", names, "--results", str(path))
     monkeypatch.setattr(sys, "argv", ["cache_sweep.py", *flags])
+    monkeypatch.setattr(card, "commit", lambda: "0123456789ab")
     cache_sweep.main()
     rows = {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
     assert set(rows) == set(names.split(","))
@@ -75,6 +76,14 @@ def test_two_prompts_make_rows_and_a_plot(monkeypatch, tmp_path, capsys):
     with Image.open(path.with_suffix(".png")) as plot:
         assert plot.size[0] == 1920
     assert curve.draw(list(rows.values()))[:8] == b"\x89PNG\r\n\x1a\n"
+
+    lines, measured = path.read_text(), []  # as if interrupted before the last two points
+    path.write_text("".join(lines.splitlines(keepends=True)[:-2]))
+    measure = cache_sweep.Sweep.measure
+    noting = lambda self, point: measured.append(point.name) or measure(self, point)  # noqa: E731
+    monkeypatch.setattr(cache_sweep.Sweep, "measure", noting)
+    cache_sweep.main()
+    assert measured == list(rows)[-2:] and len(path.read_text().splitlines()) == len(rows)
 
 
 def test_the_front_is_what_nothing_cheaper_beats():

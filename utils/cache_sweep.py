@@ -6,8 +6,8 @@ with its thresholds (`--cache_dit_config`, which decides by itself), DBCache wit
 compare predicting the middle blocks' residual with predicting the whole output), masks calibrated
 on other prompts and seeds of the same weights (utils/calibrate.py), diffusers' own step caches
 (utils/diffusers_caches.py), and simply fewer steps, which a cache has to beat. Rows go to
-results/curves/<checkpoint>.jsonl, the plot beside them. The presets of utils/steps/step_mask.py are
-read off it.
+results/curves/<checkpoint>.jsonl as they come, and the plot beside them at the end; after an
+interruption the same command goes on. The presets of utils/steps/step_mask.py are read off it.
 
 With FLUX.1's own weights: python -m utils.cache_sweep --ckpt black-forest-labs/FLUX.1-dev
 """
@@ -100,7 +100,7 @@ class Sweep:
         own = args.checkpoint.source != "bundled" and not args.random_weights
         return {
             "format": FORMAT,
-            "command": shlex.join(["python", "-m", "utils.cache_sweep", *self.argv]),
+            "command": _command(self.argv),
             "name": point.name,
             "kind": point.kind,
             "mask": point.mask and "".join(str(int(c)) for c in point.mask),
@@ -183,6 +183,24 @@ def _others(args):
     return args
 
 
+def _command(argv: list[str]) -> str:
+    return shlex.join(["python", "-m", "utils.cache_sweep", *argv])
+
+
+def _finished(path: Path, argv: list[str], args) -> dict[str, dict]:
+    """Give the rows that this very command, code and checkpoint left before an interruption."""
+    from utils import card
+
+    same = {"command": _command(argv), "weights": args.checkpoint.identity(args.cache_dir)}
+    try:
+        rows = [json.loads(row) for row in path.read_text().splitlines()]
+        kept = [row for row in rows if same.items() <= row.items()]
+        now = [row for row in kept if row["environment"]["commit"] == card.commit()]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {}  # none there, or not ours
+    return {} if card.commit().endswith("-dirty") else {row["name"]: row for row in now}
+
+
 def _settle(argv: list[str]):
     from utils.prepare import prepare
 
@@ -233,13 +251,13 @@ def main() -> None:
     if problem := diffusers_caches.problem(args, {point.kind for point in wanted}):
         raise UserError(f"{problem}, or name other kinds in --points")
     print(card.render(args), flush=True)
-    sweep = Sweep(argv)
+    sweep, finished = Sweep(argv), _finished(path, argv, args)
     rows = []
     for point in wanted:
-        rows.append(sweep.measure(point))
+        rows.append(finished.get(point.name) or sweep.measure(point))
         print(line(rows[-1]), flush=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write(path, text.encode())
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write(path, text.encode())
     write(path.with_suffix(".png"), curve.draw(rows))
     print(f"another seed {sweep.other_db:.1f} dB")
     if rows[0]["psnr_on_flux"]:
