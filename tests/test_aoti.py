@@ -18,6 +18,21 @@ def test_shell_shares_every_tensor_and_leaves_the_module_alone():
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
+def test_a_package_for_a_gpu_is_linked_with_the_toolkits_stub_of_libcuda(tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder
+    from torch.utils import cpp_extension
+
+    stubs = tmp_path / "lib64" / "stubs"
+    stubs.mkdir(parents=True)
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))  # as torch finds it by nvcc
+    monkeypatch.setenv("CUDA_HOME", "")  # to be put back
+    monkeypatch.delenv("CUDA_HOME")
+    aoti.name_toolkit()
+    *_, folders, libraries, _ = cpp_builder.get_cpp_torch_device_options("cuda", aot_mode=True)
+    assert "cuda" in libraries and str(stubs) in folders
+
+
 @pytest.mark.slow
 def test_float8_rows_with_guidance_in_bf16(tmp_path):
     from torchao.quantization import PerRow

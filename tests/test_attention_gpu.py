@@ -14,6 +14,7 @@ from tests.test_attention import (
     truth,
 )
 from tests.test_int8_attention import INT8_TOLERANCE
+from utils import aoti
 from utils.cudagraph import CUDAGraphWrapper
 from utils.hardware import detect
 from utils.kernels import flash_attention as fa
@@ -103,6 +104,7 @@ def test_inside_of_compiled_code_and_a_cuda_graph(backend, mode, tmp_path):
         if mode == "compile":
             run = torch.compile(module, fullgraph=True)
         else:
+            aoti.name_toolkit()
             program = torch.export.export(module, (q, k, v))
             path = str(tmp_path / "attention.pt2")
             torch._inductor.aoti_compile_and_package(program, package_path=path)

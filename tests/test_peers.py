@@ -63,6 +63,17 @@ def test_a_copy_that_is_missing_or_another_is_refused_in_one_line(tmp_path, monk
     assert not capsys.readouterr().out  # before the card, the weights and all else
 
 
+def test_flux_fast_may_link_a_package_where_ours_may(tmp_path, monkeypatch):
+    mended = tmp_path / "mended.py"
+    mended.write_text("import os\ndef optimize(pipeline, args): return os.environ['CUDA_HOME']\n")
+    monkeypatch.setattr(flux_fast, "mend", lambda: mended)
+    monkeypatch.setattr(flux_fast, "flags", lambda args: {})
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/toolkit")
+    monkeypatch.setenv("CUDA_HOME", "")  # to be put back
+    monkeypatch.delenv("CUDA_HOME")
+    assert flux_fast.apply(None, None) == "/toolkit"
+
+
 def test_a_peer_is_described_in_the_words_of_our_steps(as_machine, monkeypatch):
     as_machine(H200)
     monkeypatch.setattr(flux_fast, "copy_problem", lambda: "")

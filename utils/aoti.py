@@ -15,6 +15,7 @@ import copy
 import hashlib
 import inspect
 import io
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,18 @@ def export(component: Component):
         return torch.export.export(component.shell(), (), component.inputs, strict=False)
 
 
+def name_toolkit() -> None:
+    """Tell Inductor which CUDA toolkit torch has found: a package for a GPU links against libcuda.
+
+    Many drivers bring no libcuda.so for the linker. The toolkit has a stub of it, which torch (2.11
+    to 2.13) puts into the link only where CUDA_HOME is set.
+    """
+    from torch.utils import cpp_extension
+
+    if cpp_extension.CUDA_HOME:
+        os.environ.setdefault("CUDA_HOME", cpp_extension.CUDA_HOME)
+
+
 def compile_package(
     program, component: Component, options: dict, scratch: Path | None = None
 ) -> tuple[dict, dict]:
@@ -165,6 +178,7 @@ def compile_package(
     from torch._inductor import aot_compile
     from torch._inductor.package import package_aoti
 
+    name_toolkit()
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = Path(folder) / "package.pt2"
         graph = program.module(check_guards=False)

@@ -131,6 +131,9 @@ def apply(pipeline, args):
     """Hand the pipeline to the mended copy's optimize(), whose warm-up calls are its own."""
     from argparse import Namespace
 
+    from utils.aoti import name_toolkit
+
+    name_toolkit()  # for its export
     # not as a package: its `utils` and ours have one name
     spec = importlib.util.spec_from_file_location("flux_fast_pipeline_utils", mend())
     module = importlib.util.module_from_spec(spec)
