@@ -4,10 +4,13 @@ import json
 import os
 
 import pytest
+from aoti_pieces import make_args
 
 from utils import artifacts
-from utils.artifacts import store
+from utils.artifacts import run, store
 from utils.artifacts.identity import code_digest, differences
+from utils.artifacts.private import file_problem
+from utils.steps import on
 
 IDENTITY = {"component": "decoder", "dtype": "bf16"}
 
@@ -34,6 +37,31 @@ def test_each_field_that_differs_is_a_line_in_the_order_of_names():
         "b.x: found 1, expected 2",
         "b.y: found True, expected 1",
     ]
+
+
+def test_steps_that_are_off_or_outside_of_the_packages_are_no_part_of_them(tmp_path):
+    args = make_args(tmp_path)
+    assert not args.plan["quant"].is_on
+    args.plan |= {"memory": on(tier="tiled"), "fused_mlp": on(joint=True)}
+    found = artifacts.identity_of_run(args, {})["steps"]
+    assert found == {"fused_projections": {}, "channels_last": {}, "fused_mlp": {"joint": True}}
+
+
+def test_packages_are_looked_for_in_the_home_that_the_shell_would_mean(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (line,) = run.stored_problems(make_args("~/cache"), {}, [{"component": "decoder"}])
+    assert line == f"decoder: found no package in {tmp_path}/cache"
+    assert artifacts.open_cache("~/cache") == tmp_path / "cache"
+
+
+def test_only_plain_files_that_others_cannot_write_are_trusted(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch(mode=0o600)
+    link.symlink_to(file)
+    assert file_problem(file) == ""
+    assert "expected a plain file" in file_problem(link)
+    file.chmod(0o620)
+    assert "mode: found 0620, which lets others write" in file_problem(file)
 
 
 def test_a_package_that_is_found_counts_as_used_now(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from utils import pipeline_utils, quality
+from utils.prompts import QUALITY, quality_prompts
 
 
 def grey(level: int) -> Image.Image:
@@ -44,6 +45,20 @@ def test_a_broken_run_is_no_result_and_leaves_the_decoder_as_it_was(pipeline):
     with pytest.raises(RuntimeError, match="not finite"):
         quality.run(pipeline, args)
     assert pipeline.vae.decode is decode
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "key"),
+    [
+        ("bundled", "dev", "tiny"),
+        ("bundled", "kontext", "tiny edits"),
+        ("hub", "schnell", "pictures"),
+        ("hub", "kontext", "edits"),
+    ],
+)
+def test_a_checkpoint_gets_prompts_that_it_understands(source, kind, key):
+    args = SimpleNamespace(checkpoint=SimpleNamespace(source=source, kind=kind))
+    assert quality_prompts(args) == list(QUALITY[key])
 
 
 def test_psnr_is_that_of_its_definition():
