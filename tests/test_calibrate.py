@@ -120,6 +120,7 @@ def test_an_edited_pictures_tokens_are_no_part_of_the_fit(tmp_path):
 def test_files_are_read_as_written():
     found = mask_file.MaskFile("1101", {2: (0.1, 0.9)}, 0.01, "x", "sha256:0", 4096, None)
     assert found.order == 1 and mask_file.is_file("a.JSON") and not mask_file.is_file("1,0,1")
+    assert mask_file.MaskFile("11", {}, 0.0, "x", "sha256:0", 4096, None).order == 0
     text = mask_file.dump(found).decode()
     assert json.loads(text)["weights"] == {"2": [0.1, 0.9]} and "format" in text
 

@@ -144,6 +144,12 @@ def test_rows_match_across_commits_and_machines():
     assert found_in(old_row(), old_row() | {"lossless": True}).verdict == "unchanged"
 
 
+def test_settings_that_are_lists_are_compared_by_what_is_in_them():
+    a, b = (row(steps={"lora": {"state": "on", "settings": {"files": x}}}) for x in ("a", ["b"]))
+    assert found_in(b, b).notes == ()
+    assert found_in(a, b).notes == ("lora.files: a -> ['b']",)
+
+
 def test_the_same_settings_are_paired_first_and_the_newest_stands():
     other = row(steps={"fa3": {"state": "on", "settings": {"backend": "fa2"}}})
     found = compare.compare_rows([row(seconds=5.0), other, row()], [row(), other])
@@ -186,6 +192,8 @@ def scored(lossless: bool = True, **scores) -> dict:
         (scored(False), scored(False, psnr_db_worst=46.0), "better"),
         (scored(False, checker_right=1.0), scored(False, checker_right=0.875), "worse"),
         (scored(), scored(False), "worse"),
+        (scored(False), scored(), "better"),
+        (scored(False), scored(psnr_db_worst=42.5), "worse"),  # the fp32 bound is for two lossless
         (scored(), scored(prompts=2), "not comparable"),
         (scored(), row(quality=None), "-"),
         (

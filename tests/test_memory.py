@@ -157,6 +157,15 @@ def test_files_of_fewer_bits_keep_small_gpus_resident(bits, gib, tier, flux):
     assert tier in fits and "full" not in fits
 
 
+def test_a_compressed_file_needs_room_to_decode_its_largest_matrix(flux):
+    args = flux("--memory", "full", "--disable_quant")
+    plain, compressed = (estimate(args, "tiled", "", size) for size in (None, 7 * GIB))
+    largest = 3072 * 6 * 3072 + 6 * 3072  # a double block's modulation
+    assert compressed.moment - plain.moment == memory_tiers.GGUF_BYTES_OF_A_WEIGHT * largest
+    transformer = 11_901_408_320  # parameters
+    assert plain.weights - compressed.weights == pytest.approx(2 * transformer - 7 * GIB, abs=2)
+
+
 @pytest.mark.parametrize("kind", ["schnell", "dev", "Kontext-dev"])
 @pytest.mark.parametrize(
     "flags",

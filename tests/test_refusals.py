@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import make_args
 
+from utils.checks import MAX_EDGE, number_problems
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,10 @@ REFUSALS = {
         ["--require", "fa3", "--disable_fa3"],
         "--require fa3: off: --disable_fa3",
     ),
+    "required and refused: told once": (
+        ["--require", "quant", "--quant_dtype", "mxfp8"],
+        "--quant_dtype mxfp8: mxfp8 products need",
+    ),
     "fp8 attention on a CPU": (["--fa3_dtype", "fp8"], "--fa3_dtype fp8"),
     "float8 named on a CPU": (["--quant_dtype", "float8"], "--quant_dtype float8: float8 products"),
     "mxfp8 on a CPU": (["--quant_dtype", "mxfp8"], "--quant_dtype mxfp8: mxfp8 products need"),
@@ -121,6 +126,13 @@ def test_the_benchmark_refuses_before_it_measures(flags, expected, monkeypatch):
         prepare(run_benchmark.parse_arguments())
     assert expected in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_required_step_that_runs_and_the_largest_picture_are_no_problem():
+    args = make_args("--device", "cpu", "--require", "channels_last")
+    assert args.plan["channels_last"].is_on
+    args.height, args.width = MAX_EDGE, 16
+    assert number_problems(args) == []
 
 
 @pytest.mark.parametrize("flag", ["--height", "--prompt", "--output-file"])

@@ -16,7 +16,17 @@ from utils import architecture, peaks, random_weights, roofline, work
 from utils.architecture import DEV, KONTEXT, SCHNELL
 from utils.checkpoints import BUNDLED, resolve
 from utils.hardware import Machine
-from utils.layers import WIDTH, Layer, Precision, elementwise, linear, products, total
+from utils.layers import (
+    WIDTH,
+    Layer,
+    Precision,
+    attention,
+    convolution,
+    elementwise,
+    linear,
+    products,
+    total,
+)
 from utils.peaks import CARDS, Peaks
 from utils.steps import fused_projections, off, on, subpixel_upsampling
 from utils.work import Call
@@ -174,6 +184,9 @@ def test_upsampling_inside_of_a_convolution(way, off_by):
 
 
 def test_float8_moves_fewer_bytes_where_it_is_used():
+    assert attention(1, 4, 2, 8, "bf16", "fp8").bytes == (3 * 1 + 2) * 4 * 2 * 8
+    strided = 2 * (9 * 3 * 5 + 5 + 16 * (4 * 3 + 5))  # reads 8x8 to write 4x4
+    assert convolution("x", 1, 3, 5, (4, 4), "bf16", stride=2).bytes == strided
     assert linear("x", 10, 32, 48, "bf16").bytes == 2 * (32 * 48 + 48 + 10 * 32 + 10 * 48)
     fast = linear("x", 10, 32, 48, "bf16", "fp8")
     assert fast.bytes == 32 * 48 + 10 * 32 + 2 * (48 + 10 * 48)

@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+import report_pieces
 import torch
 from conftest import make_args
 from PIL import Image
@@ -128,14 +129,6 @@ def test_more_prompts_than_the_batch_go_through_in_calls_of_its_size(run):
     assert quality.psnr_db(result.images[2], generate(pipeline, single)[0]) > 35
 
 
-def test_lossless_is_a_bound_not_a_word():
-    scores = {"fp32_relative_l2": 0.011, "eager_fp32_relative_l2": 0.01}
-    assert quality.lossless_problem(scores) == ""
-    scores["fp32_relative_l2"] = 0.013
-    assert "expected at most 1.25 times" in quality.lossless_problem(scores)
-    assert quality.lossless_problem({"fp32_relative_l2": None}) == ""
-
-
 def test_a_lossy_run_that_calls_itself_lossless_fails(tmp_path, monkeypatch, float8_on_cpu):
     from utils.steps import Verdict, quant
 
@@ -151,19 +144,53 @@ def test_a_lossy_run_that_calls_itself_lossless_fails(tmp_path, monkeypatch, flo
         row.measure_row(args)
 
 
-def test_ssim_knows_equal_noisy_and_shifted():
-    gradient = Image.linear_gradient("L").convert("RGB")
-    noisy = Image.effect_noise((256, 256), 40).convert("RGB")
-    assert quality.ssim(gradient, gradient) == pytest.approx(1.0)
-    assert quality.ssim(gradient, Image.blend(gradient, noisy, 0.1)) > 0.3
-    assert quality.ssim(gradient, noisy) < 0.2
-
-
 def test_outliers_are_told_and_even_runs_are_not():
     even = Spread((1.0, 1.01, 1.02, 1.0, 0.99, 1.01))
     assert row.outliers(even) == []
-    (line,) = row.outliers(Spread((*even.samples, 2.0)))
+    (line,) = row.outliers(Spread((2.0, *even.samples)))
     assert "1 of 7 runs took far longer (up to 2 s)" in line and "--num_warmup" in line
+
+
+def test_stages_are_the_runs_regions_and_nothing_is_counted_twice():
+    run = {"prompt_encoding": [0.5], "denoising_step": [1.0, 2.0], "decoding": [0.75]}
+    run |= {"postprocessing": [0.5], "pil_conversion": [0.125]}
+    regions = [run, run | {"decoding": [1.0], "postprocessing": [0.25]}]
+    found = {name: spread.samples for name, spread in row.stage_seconds(regions, 2).items()}
+    assert found == {
+        "prompt_encoding": (0.5, 0.5),
+        "denoising_step": (1.0, 2.0, 1.0, 2.0),
+        "decoding": (0.75, 1.0),
+        "pil_conversion": (0.125, 0.125),
+        "postprocessing": (0.375, 0.125),  # without the conversion
+    }
+    one_graph = {key: value for key, value in run.items() if key != "denoising_step"}
+    one_graph |= {"denoising_loop": [3.0], "image_encoding": [0.25]}
+    found = row.stage_seconds([one_graph], 4)
+    assert found["denoising_step"].samples == (0.75,)
+    assert found["image_encoding"].samples == (0.25,)
+
+
+def test_clocks_are_the_lowest_and_highest_of_those_that_were_read():
+    states = [{"clocks.sm": text} for text in ("1980", "1755", "[N/A]")]
+    assert row._clocks(states) == {"clocks_mhz": {"min": 1755, "max": 1980}}
+    assert row._clocks([{}, states[2]]) == {}
+
+
+def test_a_row_is_written_with_what_it_has():
+    stage = report_pieces.row()["stages_s"]["denoising_step"]
+    quality_of = report_pieces.row()["quality"]
+    lines = row.render(report_pieces.row(stages_s={"denoising_step": stage})).splitlines()
+    assert any(line.endswith("another seed: 9.0), SSIM 0.9990") for line in lines)
+    assert any(line.endswith("5.50e-03 against fp32 (eager itself 5.00e-03)") for line in lines)
+    assert "roofline" in lines and any("75.2 % of the peak; 1.33 times" in line for line in lines)
+    assert not any(line.startswith(("checker", "CLIP", "full size", "note")) for line in lines)
+    same = {"psnr_db_worst": None, "fp32_relative_l2": None, "checker_right": 0.875}
+    same |= {"clip_score": 30.0, "eager_clip_score": 31.0, "quality_source": "tiny-schnell"}
+    lines = row.render(report_pieces.row(quality=quality_of | same, roofline={})).splitlines()
+    assert "quality     8 prompts against bfloat16 eager (tiny-schnell): PSNR identical" in lines
+    assert "latents     relative L2 error 6.00e-03 against eager" in lines
+    assert "checker     88 % of the pictures right" in lines and "roofline" not in lines
+    assert "CLIP score  30.00 (eager: 31.00)" in lines
 
 
 def test_gaps_and_groups_of_a_timeline():
@@ -189,7 +216,6 @@ def test_gaps_and_groups_of_a_timeline():
 
 
 def test_a_row_from_an_nvidia_machine_can_be_read(tmp_path, monkeypatch):
-    from tests import report_pieces
     from utils import card
     from utils.hardware import Machine
 
@@ -253,9 +279,10 @@ def test_random_weights_show_the_quality_of_the_trained_checkpoint(kind, tmp_pat
     flags = ["--ckpt", f"tiny-{kind}", "--random_weights", "--num_inference_steps", "2"]
     flags += ["--image", str(source)] if kind == "kontext" else []
     args = make_args("--device", "cpu", "--cache-dir", str(tmp_path / "cache"), *flags)
-    vars(args).update(num_runs=1, num_warmup=0, quality_prompts=1, fp32_reference=False)
+    vars(args).update(num_runs=1, num_warmup=1, quality_prompts=1, fp32_reference=False)
     vars(args).update(measure_ceilings=False, pictures=None, quality_source="bundled")
     found, _, _ = row.measure_row(args)
+    assert found["stages_s"]["decoding"]["n"] == 1  # the warm-up's is forgotten
     quality_of, own = found["quality"], found["full_size"]
     assert quality_of["quality_source"] == f"tiny-{kind} at 128x128 under the same flags"
     assert quality_of["fp32_relative_l2"] is not None and quality_of["checker_right"] is not None

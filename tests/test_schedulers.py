@@ -125,6 +125,7 @@ def test_dev_shifts_heuns_sigmas_as_eulers():
         (("--sigmas", "quadratic"), "expected default, karras, exponential, beta or numbers"),
         (("--sigmas", "0.5,0.7"), "expected numbers that fall"),
         (("--sigmas", "1,0.5,0"), "all above 0"),
+        (("--sigmas", "1.5,0.5"), "that fall from at most 1"),
         (("--sigmas", "1,0.5", "--num_inference_steps", "3"), "--sigmas has 2"),
         (("--scheduler", "heun", "--modulation_once"), "runs the transformer twice a step"),
         (("--scheduler", "unipc", "--step_mask", "fast"), "keeps earlier outputs"),

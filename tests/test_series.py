@@ -84,6 +84,7 @@ def test_a_step_mask_is_the_last_rung_and_keeps_the_packages(monkeypatch):
 def test_leave_one_out_turns_one_off_in_each_row(monkeypatch):
     flags = ("--leave_one_out", "--compile_export_mode", "compile")
     rows = series.leave_one_out(arguments(monkeypatch, *flags))
+    assert [row.step for row in rows] == [None, *series.toggles(make_args()), "compile"]
     on = {}
     for row in rows:
         plan = make_args("--device", "cpu", *row.flags).plan
@@ -111,6 +112,13 @@ def test_peers_are_picked_with_or_without_their_prefix(monkeypatch):
     rows = series.peer_rows(arguments(monkeypatch, "--peers"))
     for names in ("ours,diffusers-eager", "ours,peer:diffusers-eager"):
         assert [row.name for row in series.choose(rows, names)] == ["ours", "peer:diffusers-eager"]
+
+
+def test_a_peer_that_cannot_run_here_is_skipped_and_told_why(monkeypatch):
+    monkeypatch.setattr(series.peers, "lacking", lambda name, machine: f"no {name} here")
+    ours, other, *_ = series.peer_rows(arguments(monkeypatch, "--peers"))
+    assert series.state(ours, []) == ""
+    assert series.state(other, ["--device", "cpu"]) == "unavailable: no diffusers-eager here"
 
 
 def test_a_row_keeps_what_was_typed_but_for_the_flags_of_the_series():
@@ -274,3 +282,13 @@ def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path):
     with pytest.raises(UserError, match="--results /dev/full: cannot be written"):
         results.append(Path("/dev/full"), [{"command": "x"}])
+
+
+def test_rows_are_lines_and_one_that_was_cut_off_stays_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for text in ("", '{"a": "é"}\n'):  # a new file, then one that ends as it should
+        results.append(path, [{"a": "é"}])
+        assert path.read_text() == text + '{"a": "é"}\n'
+    path.write_text('{"cut')
+    results.append(path, [{"b": 1}, {"c": 2}])
+    assert path.read_text() == '{"cut\n{"b": 1}\n{"c": 2}\n'

@@ -226,8 +226,6 @@ def state(row: Row, common: list[str]) -> str:
         lacking = peers.lacking(row.peer, machine)
         return f"unavailable: {lacking}" if lacking else ""
     flags = [flag for flag in row.flags if flag != f"--disable_{row.step}"]
-    if row.name.startswith("without") and row.step in MODES:
-        flags = []
     args = create_parser().parse_known_args([*common, *flags])[0]
     try:
         prepare(args)

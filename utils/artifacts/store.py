@@ -271,17 +271,15 @@ def put(root: Path, name: str, files: dict[str, bytes], manifest: dict, text: by
     `text` is the manifest as it is written. Raises: as `save`.
     """
     manifest_path = root / f"{name}.json"
-    previous, written = _listed(manifest_path), []
+    previous = _listed(manifest_path)
     paths = {suffix: root / entry["name"] for suffix, entry in manifest["files"].items()}
     try:
         for suffix, path in paths.items():
-            if not path.exists():
-                written.append(path)
             write_atomically(path, files[suffix])
         write_atomically(manifest_path, text)
     except BaseException as error:  # Ctrl-C included: no file without a manifest stays behind
-        kept = _listed(manifest_path)  # the new files, if it failed after the rename
-        for path in written:
+        kept = previous | _listed(manifest_path)  # the new files, if it failed after the rename
+        for path in paths.values():
             if path.name not in kept:
                 path.unlink(missing_ok=True)
         if isinstance(error, OSError):
