@@ -4,12 +4,14 @@ import json
 import os
 
 import pytest
+import torch
 from aoti_pieces import make_args
 
 from utils import artifacts
 from utils.artifacts import run, store
 from utils.artifacts.identity import code_digest, differences
 from utils.artifacts.private import file_problem
+from utils.hardware import Machine
 from utils.steps import on
 
 IDENTITY = {"component": "decoder", "dtype": "bf16"}
@@ -45,6 +47,23 @@ def test_steps_that_are_off_or_outside_of_the_packages_are_no_part_of_them(tmp_p
     args.plan |= {"memory": on(tier="tiled"), "fused_mlp": on(joint=True)}
     found = artifacts.identity_of_run(args, {})["steps"]
     assert found == {"fused_projections": {}, "channels_last": {}, "fused_mlp": {"joint": True}}
+
+
+def test_threads_and_the_compilers_variables_make_another_package(tmp_path, monkeypatch):
+    """A package that was built for one thread has loops for one thread, whatever there is later."""
+    args = make_args(tmp_path)
+    first = artifacts.identity_of_run(args, {})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where, not what
+    found = differences(first, artifacts.identity_of_run(args, {}))
+    assert [line.partition(":")[0] for line in found] == [
+        "machine.threads",
+        "variables",
+        "variables.TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS",
+    ]
+    args = make_args(tmp_path, machine=Machine("cuda", "NVIDIA H200", (9, 0)))
+    assert "threads" not in artifacts.identity_of_run(args, {})["machine"]
 
 
 def test_packages_are_looked_for_in_the_home_that_the_shell_would_mean(tmp_path, monkeypatch):

@@ -95,6 +95,19 @@ def test_defaults_of_the_published_checkpoints(ckpt, expected, roomy):
     assert got == expected
 
 
+def test_the_card_lists_the_variables_that_decide_code_or_speed(monkeypatch):
+    for name in card.variables():
+        monkeypatch.delenv(name)
+    assert "\nvariables" not in card.render(args := make_args("--device", "cpu"))
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN,TRITON")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name in ("TRITON_CACHE_DIR", "TORCH_LOGS", "OMP_NUM_THREADS", "HOME"):
+        monkeypatch.setenv(name, "1")
+    text = "CUBLAS_WORKSPACE_CONFIG=:4096:8 TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN,TRITON"
+    assert f"\nvariables   {text}\n" in card.render(args)
+    assert card.named(card.environment(args)["variables"]) == text
+
+
 def evening() -> tuple[str, list[str]]:
     """Give the README's section on the default stack, and the files that it says to read."""
     text = (ROOT / "README.md").read_text()

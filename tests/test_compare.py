@@ -150,6 +150,13 @@ def test_settings_that_are_lists_are_compared_by_what_is_in_them():
     assert found_in(a, b).notes == ("lora.files: a -> ['b']",)
 
 
+def test_variables_of_the_environment_are_told_as_settings_are():
+    a, b = row(), row()
+    b["environment"] = a["environment"] | {"variables": {"TORCHINDUCTOR_X": "1"}}
+    (finding,) = compare.compare_rows([a], [b])
+    assert "TORCHINDUCTOR_X: off -> 1" in finding.notes
+
+
 def test_the_same_settings_are_paired_first_and_the_newest_stands():
     other = row(steps={"fa3": {"state": "on", "settings": {"backend": "fa2"}}})
     found = compare.compare_rows([row(seconds=5.0), other, row()], [row(), other])

@@ -20,10 +20,11 @@ def elsewhere(one: dict, **environment) -> dict:
     [
         ({"commit": "fedcba987654"}, "No ratio is given across commits."),
         ({"threads": 1}, "No ratio is given across numbers of threads."),
+        ({"variables": {"TRITON_X": "a b"}}, "across variables of the environment."),
     ],
 )
 def test_no_ratio_is_given_across_sessions(environment, said):
-    rows = [elsewhere(one, threads=2) for one in ladder()]
+    rows = [elsewhere(one, threads=2, variables={}) for one in ladder()]
     rows[0] = elsewhere(rows[0], **environment)  # + compile
     rows[-1] = elsewhere(rows[-1], **environment)  # without fused_projections
     text = report.markdown("x.jsonl", rows)
@@ -33,6 +34,9 @@ def test_no_ratio_is_given_across_sessions(environment, said):
     assert worth == ["-", "+0.100 s, 1.29x", "-"]
     assert text.count(said) == 2
     notes = {bar.label: bar.note for bar in report_plot.bars(series_of(rows)[0])}
+    assert ("+ compile: measured with the variables TRITON_X='a b'." in text) == (
+        "variables" in environment
+    )
     assert notes["+ fa3"].endswith("1.25x") and notes["+ compile"].endswith(" s")
 
 

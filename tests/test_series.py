@@ -163,6 +163,9 @@ def test_a_ladder_is_stored_row_by_row_and_goes_on_where_it_stopped(monkeypatch,
     assert "eager: kept from before" in output.out
     assert [row["row"] for row in read(path)] == ["eager", "+ fused_projections"]
     assert ":2: skipped: not JSON" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")  # which no command tells
+    assert series.run_series(args, list(flags)) == 0
+    assert len(ran) == 3
 
 
 def test_a_row_that_two_series_share_is_measured_once_and_stands_in_both(monkeypatch, tmp_path):

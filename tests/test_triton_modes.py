@@ -113,7 +113,7 @@ def test_compiled_blocks_serve_every_size(tmp_path):
 def test_packages_of_the_scripts_are_served(tmp_path):
     """What gen_image.py exported, the server runs; it may build nothing (--use-cached-model).
 
-    With the server's interpreter: a package belongs to the versions that built it.
+    With the server's interpreter and number of threads: a package belongs to what built it.
     """
     from triton_models.client import ServerError
 
@@ -127,7 +127,7 @@ def test_packages_of_the_scripts_are_served(tmp_path):
         str(TEXT),
     ]
     script += ["--num_inference_steps", "1", "--output-file", str(tmp_path / "image.png")]
-    subprocess.run(script, cwd=ROOT, check=True)
+    subprocess.run(script, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     stored = sorted((tmp_path / "store").glob("*.pt2"))
     server = _served(tmp_path, *flags, "--use-cached-model", "--batch-sizes", "1")
     try:

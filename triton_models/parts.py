@@ -110,9 +110,11 @@ def begin(arguments: dict):
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     found = json.loads(arguments["model_config"])["parameters"]
     values = {name: value["string_value"] for name, value in found.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(values.get("threads", "1")))  # before packages are looked for
     args = settings(values.pop("flags"))
-    if args.machine.device == "cpu":
-        torch.set_num_threads(int(values.get("threads", "1")))
+    if args.machine.device != "cpu":
+        torch.set_num_threads(threads)
     return args, values
 
 

@@ -195,10 +195,11 @@ def _finished(path: Path, argv: list[str], args) -> dict[str, dict]:
     try:
         rows = [json.loads(row) for row in path.read_text().splitlines()]
         kept = [row for row in rows if same.items() <= row.items()]
-        now = [row for row in kept if row["environment"]["commit"] == card.commit()]
+        here = {"commit": card.commit(), "variables": card.variables()}
+        now = [row for row in kept if here.items() <= row["environment"].items()]
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return {}  # none there, or not ours
-    return {} if card.commit().endswith("-dirty") else {row["name"]: row for row in now}
+    return {} if here["commit"].endswith("-dirty") else {row["name"]: row for row in now}
 
 
 def _settle(argv: list[str]):

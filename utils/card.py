@@ -20,6 +20,13 @@ PACKAGES = (
     *("fa3-fwd", "flash-attn-4", "comfy-kitchen"),
 )
 
+VARIABLES = (  # of the environment, by how they begin: what changes compiled code or kernels
+    *("TORCHINDUCTOR_", "TORCHDYNAMO_", "TRITON_", "TORCH_", "PYTORCH_", "CUBLAS", "CUDNN_"),
+    *("CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "NVIDIA_TF32_OVERRIDE"),
+    *("OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_"),
+)
+NO_MATTER = ("_DIR", "_PATH", "_HOME", "_LOGS", "_TRACE", "_VERSION", "_NUM_THREADS")  # or counted
+
 CALL = (
     *("ckpt", "random_weights", "prompt", "seed", "height", "width", "num_inference_steps"),
     *("guidance_scale", "max_sequence_length", "num_images_per_prompt"),
@@ -35,6 +42,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def variables(begin: tuple[str, ...] = VARIABLES) -> dict[str, str]:
+    """List the environment's variables that decide code or speed, beside the flags, by name."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(begin) and not name.endswith(NO_MATTER)
+    }
 
 
 def commit() -> str:
@@ -57,6 +73,11 @@ def command() -> str:
     module = sys.modules["__main__"].__spec__  # of `python -m`
     program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+def named(values: dict[str, str]) -> str:
+    """Write names and values as a shell takes them."""
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
 
 
 def plan_as_dict(args) -> dict[str, dict]:
@@ -107,6 +128,7 @@ def environment(args) -> dict:
         "versions": versions(),
         "commit": commit(),
         "threads": torch.get_num_threads(),
+        "variables": variables(),
         **(getattr(args, "started", None) or started()),
     }
     if state := gpu_state(args):
@@ -157,6 +179,7 @@ def render(args) -> str:
     lines = [
         f"machine     {machine.name} ({machine.short()}), {machine.memory_gib:.0f} GiB",
         "versions    " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        *([f"variables   {named(found)}"] if (found := variables()) else []),
         f"checkpoint  {args.ckpt}{why}, {args.checkpoint.kind}, {about['dtype']}",
         f"call        {args.width}x{args.height} (width x height), {count_images(args)} image(s)"
         f"{_edited(args)}, {args.num_inference_steps} steps, guidance {guidance}{_true_cfg(args)}, "

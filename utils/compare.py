@@ -226,7 +226,7 @@ def _pair(a: dict, b: dict, alpha: float) -> Finding:
     if change.verdict == "cannot tell":
         counts = " and ".join(f"{len(report_rows.samples(row))}" for row in (a, b))
         notes.append(f"cannot tell from {counts} runs: {change.needed} of each are needed")
-    old, new = _settings(a), _settings(b)
+    old, new = (_settings(row) | report_rows.variables(row) for row in (a, b))
     differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     notes += [f"{k}: {old.get(k, 'off')} -> {new.get(k, 'off')}" for k in differing]
     seconds = (a["total_s"]["median"], b["total_s"]["median"])

@@ -88,6 +88,8 @@ def psnr_db(image, reference) -> float:
     import numpy as np
 
     a, b = (np.asarray(x, dtype=np.float64) for x in (image, reference))
+    if a.shape != b.shape:  # numpy would stretch some of them
+        raise ValueError(f"pictures differ in shape: {a.shape} and {b.shape}")
     error = np.mean((a - b) ** 2)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 

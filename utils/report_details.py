@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from utils.card import named
 from utils.report_rows import MEMORY, OF_LOOP, distinct, get, name
 from utils.report_series import Series
 from utils.report_table import MISSING, si, significant, spread
@@ -81,6 +82,7 @@ def facts(rows: list[dict]) -> list[tuple[str, str]]:
         ("power limit", values("power_limit_w", write="{:g} W".format)),
         ("clocks seen", values("clocks_mhz", write=_clocks)),
         ("threads", values("threads", write="{:g}".format)),
+        ("variables", values("variables", write=named)),
         ("load when a row began", _range(distinct(rows, "environment", "load_average"))),
         ("system", values("os")),
         ("versions", ", ".join(f"{p} {values('versions', p)}" for p in packages)),

@@ -60,6 +60,7 @@ _SHAPE = {
         "power_limit_w": float,
         "clocks_mhz": {"min": float, "max": float},
         "versions": {"*": str},
+        "variables": {"*": str},
     },
     "call": dict.fromkeys(_CALL.split(), float)
     | {"ckpt": str, "prompt": [str], "random_weights": bool, "dtype": str},
@@ -170,12 +171,28 @@ def flags(row: dict) -> dict[str, str]:
     return {flag: " ".join(values) or "given" for flag, values in found.items()}
 
 
+def variables(row: dict) -> dict[str, str]:
+    """Give the variables of the environment that decided the row beside its flags."""
+    return get(row, "environment", "variables") or {}
+
+
+SESSION = {  # what rows have to share to be divided -> in the plural
+    "commit": "commits",
+    "threads": "numbers of threads",
+    "variables": "variables of the environment",
+}
+
+
+def apart(a: dict, b: dict) -> list[str]:
+    """List what two rows, where both tell, do not share of a session."""
+    pairs = {key: [get(row, "environment", key) for row in (a, b)] for key in SESSION}
+    return [key for key, pair in pairs.items() if None not in pair and pair[0] != pair[1]]
+
+
 def is_same_session(a: dict, b: dict) -> bool:
-    """Whether two rows may be divided: of one commit and, where both tell, as many threads."""
-    commits, threads = (
-        [get(row, "environment", key) for row in (a, b)] for key in ("commit", "threads")
-    )
-    return commits[0] == commits[1] and (None in threads or threads[0] == threads[1])
+    """Whether two rows may be divided: of one commit, which both have to tell, and not apart."""
+    commits = [get(row, "environment", "commit") for row in (a, b)]
+    return commits[0] == commits[1] and not apart(a, b)
 
 
 def samples(row: dict) -> list[float]:

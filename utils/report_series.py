@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from utils.report_rows import get, name
+from utils.report_rows import apart, get, name
 
 KINDS = ("ladder", "leave_one_out", "peers")
 
@@ -88,18 +88,13 @@ def completed(rows: list[dict]) -> list[dict]:
 def newest(rows: list[dict], key: Callable[[dict], object]) -> list[dict]:
     """Keep the newest measurement of each key, its rounds pooled into one row.
 
-    Rounds come in order, so a round replaces itself and those after it, and another commit or
-    number of threads all.
+    Rounds come in order, so a round replaces itself and those after it, and another session all.
     """
     kept: dict[object, list[dict]] = {}
     for row in rows:
         turn, rounds = row.get("round") or 0, []
         for earlier in kept.get(key(row), []):
-            differ = any(
-                len({get(one, "environment", field) for one in (row, earlier)} - {None}) > 1
-                for field in ("commit", "threads")  # failed rows lack them
-            )
-            if not differ and (earlier.get("round") or 0) < turn:
+            if not apart(row, earlier) and (earlier.get("round") or 0) < turn:
                 rounds.append(earlier)
         kept[key(row)] = [*rounds, row]
     return [_pool(rounds) for rounds in kept.values()]

@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from utils.card import named
 from utils.compare import is_identical, judge
-from utils.report_rows import distinct, get, is_same_session, name, samples
+from utils.report_rows import SESSION, distinct, get, is_same_session, name, samples
 from utils.report_series import Series
 
 MISSING = "-"
@@ -239,19 +240,23 @@ def notes(series: Series) -> list[str]:
         if failed := row.get("failed_rounds"):
             said = f"{len(failed)} of {row['rounds']} rounds failed: {failed[-1]}"
             found.setdefault(said, []).append(name(row))
-    sessions = {"commit": "measured at commit {}", "threads": "measured with {} thread(s)"}
-    differ = [key for key in sessions if len(distinct(series.rows, "environment", key)) > 1]
+    sessions = {
+        "commit": "measured at commit {}",
+        "threads": "measured with {} thread(s)",
+        "variables": "measured with the variables {}",
+    }
+    differ = [key for key in SESSION if len(distinct(series.rows, "environment", key)) > 1]
     differ = differ if series.kind != "single" else []
     for key, row in itertools.product(differ, series.rows):
         value = get(row, "environment", key)
         value = "unknown" if value is None else value
+        value = (named(value) or "none") if isinstance(value, dict) else value
         found.setdefault(sessions[key].format(value), []).append(name(row))
     every = len(series.rows)
     lines = [
         f"{'All rows' if len(names) == every else ', '.join(names)}: {' '.join(text.split())}."
         for text, names in found.items()
     ]
-    across = {"commit": "commits", "threads": "numbers of threads"}
     if differ:
-        lines.append(f"No ratio is given across {' or '.join(across[key] for key in differ)}.")
+        lines.append(f"No ratio is given across {' or '.join(SESSION[key] for key in differ)}.")
     return lines

@@ -19,7 +19,7 @@ from utils.benchmark_utils import create_parser
 from utils.errors import UserError
 from utils.pipeline_utils import STEPS
 from utils.prepare import prepare, settle_call
-from utils.report_rows import get, read
+from utils.report_rows import get, read, variables
 from utils.results import append
 from utils.row_process import SCRIPT, is_refused, run_row, summary
 
@@ -242,7 +242,8 @@ def _command(words: list[str]) -> str:
 def _finished(path: Path, turn: int) -> dict[str, list[dict]]:
     """Give the rows that this very code has measured already, by their commands.
 
-    By as many threads: on a CPU others are another session, to which no ratio would be given.
+    By as many threads: on a CPU others are another session, to which no ratio would be given. And
+    with the same variables of the environment, which a command does not tell.
     """
     import torch
 
@@ -252,6 +253,7 @@ def _finished(path: Path, turn: int) -> dict[str, list[dict]]:
     for row in read(path):
         same = get(row, "environment", "commit") == now and (row.get("round") or 0) == turn
         threads = get(row, "environment", "threads") in (None, torch.get_num_threads())
-        if same and threads and not row.get("failed"):
+        alike = threads and variables(row) == card.variables()
+        if same and alike and not row.get("failed"):
             found.setdefault(row["command"], []).append(row)
     return found

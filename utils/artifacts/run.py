@@ -20,18 +20,24 @@ OUTSIDE = (  # steps that call the packages otherwise, or not at all, and are no
     "text_encoders",
     "text_padding",
 )
+COMPILER = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TRITON_")  # variables that change its code
 # Sources that shape a package beside the kernels and the steps that are on: a test follows imports
 GRAPH = ("aoti.py", "calls.py", "denoise.py", "steps/__init__.py")
 
 
 def known_early(args, compiler: dict) -> dict:
     """Say what is known of a package before any weight is loaded; `compiler`: its options."""
+    import torch
+
     machine = dataclasses.asdict(args.machine)
     driver = card.gpu_state(args).get("driver_version")
+    # AOTInductor writes loops for one thread where it has one, and they stay so
+    threads = {"threads": torch.get_num_threads()} if args.machine.device == "cpu" else {}
     return {
         "dtype": str(args.dtype),
-        "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")},
+        "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")} | threads,
         "compiler": compiler,
+        "variables": card.variables(COMPILER),
         "versions": environment() | {"driver": driver},
     }
 
