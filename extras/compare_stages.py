@@ -114,8 +114,8 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Load once, compare at every size, append the rows."""
     args = parse()
+    quiet_libraries()  # the checks import diffusers
     stages.check(args)
-    quiet_libraries()
     from tiny_flux.evaluate import held_out_prompts, put_between_markers
     from utils import card
     from utils.prepare import announce_and_load, prepare

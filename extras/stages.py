@@ -123,8 +123,8 @@ def shares(seconds: dict[str, float]) -> str:
 def main() -> None:
     """Parse, check, load, optimise, make the picture, save it with its stages."""
     args = parse()
+    quiet_libraries()  # the checks import diffusers
     check(args)
-    quiet_libraries()
     from utils.images import save_images
     from utils.prepare import announce_and_load, prepare
 

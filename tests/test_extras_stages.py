@@ -1,6 +1,7 @@
 """Stages: sizes, shares, plain diffusers' pictures, refusals."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -96,6 +97,19 @@ def test_a_comparison_refuses_before_it_draws(flags, expected):
     with pytest.raises(UserError) as error:
         compare_stages.check(compare_stages.parse(list(flags)))
     assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("module", [stages, compare_stages])
+def test_the_libraries_are_quiet_before_a_check_imports_them(module, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
+
+    def check(args):
+        raise UserError(os.environ.get("DIFFUSERS_VERBOSITY", "loud"))
+
+    monkeypatch.setattr(stages, "check", check)
+    with pytest.raises(UserError, match="error"):
+        module.main()
 
 
 def test_a_comparison_appends_its_rows(tmp_path, monkeypatch):
