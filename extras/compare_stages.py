@@ -40,6 +40,7 @@ def check(args: argparse.Namespace) -> None:
     from utils import checks
 
     refuse_given(args, ("prompt", "height", "width", "seed"), "the comparison sets them itself")
+    refuse_given(args, ("output_file",), "the comparison keeps no picture")
     problems = [f"--pictures {args.count}: expected 1 or more"] * (args.count < 1)
     for size in args.sizes:
         square = copy.copy(args)

@@ -91,6 +91,10 @@ def test_refusals(flags, expected):
         (("--sizes", "128", "100"), "--sizes 100: not divisible by 16 (nearest: 96)"),
         (("--height", "256"), "--height: the comparison sets them itself; leave it out"),
         (("--page", "no.md"), "--page no.md: no such file"),
+        (
+            ("--output-file", "x.png"),
+            "--output_file: the comparison keeps no picture; leave it out",
+        ),
     ],
 )
 def test_a_comparison_refuses_before_it_draws(flags, expected):
