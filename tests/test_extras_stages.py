@@ -8,7 +8,7 @@ import pytest
 from derived_pieces import OFF, PROMPT, by_diffusers, plain
 from PIL import Image
 
-from extras import compare_stages, stages
+from extras import compare_stages, derived, stages
 from utils.errors import UserError
 
 LARGE = ("--height", "192", "--width", "160")
@@ -78,7 +78,8 @@ def test_the_command_says_where_the_time_went(tmp_path, monkeypatch, capsys):
         (("--modulation_once",), "--modulation_once: not for stages"),
     ],
 )
-def test_refusals(flags, expected):
+def test_refusals(flags, expected, monkeypatch):
+    monkeypatch.setattr(derived, "refuse_foreign", None)  # imports diffusers: it comes last
     with pytest.raises(UserError) as error:
         stages.check(stages.parse(list(flags)))
     assert expected in str(error.value)
