@@ -69,6 +69,8 @@ def parse_arguments():
         raise UserError(f"{named}: expected one of them")
     if args.rows and not series:
         raise UserError(f"--rows: expected together with {', '.join(f'--{s}' for s in SERIES)}")
+    if args.pictures and series:
+        raise UserError("--pictures: a series keeps its pictures beside its rows; leave it out")
     if args.swap_loras:
         raise UserError("--swap_loras: gen_image.py swaps; a row measures one set of LoRAs")
     if args.peer and args.lora:

@@ -40,6 +40,7 @@ def check(args: argparse.Namespace) -> None:
     from utils import checks
 
     refuse_given(args, ("prompt", "height", "width", "seed"), "the comparison sets them itself")
+    refuse_given(args, ("output_file",), "the comparison keeps no picture")
     problems = [f"--pictures {args.count}: expected 1 or more"] * (args.count < 1)
     for size in args.sizes:
         square = copy.copy(args)
@@ -114,8 +115,8 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Load once, compare at every size, append the rows."""
     args = parse()
+    quiet_libraries()  # the checks import diffusers
     stages.check(args)
-    quiet_libraries()
     from tiny_flux.evaluate import held_out_prompts, put_between_markers
     from utils import card
     from utils.prepare import announce_and_load, prepare

@@ -114,11 +114,20 @@ def config_of(net: str) -> dict:
         )
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--controlnet {net}: config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        kind = type(config).__name__
+        raise UserError(f"--controlnet {net}: config.json: found {kind}, expected keys and values")
     if config.get("_class_name") != "FluxControlNetModel":
         found = config.get("_class_name", "no _class_name")
         raise UserError(f"--controlnet {net}: found {found}, expected FluxControlNetModel")
+    modes = config.get("num_mode")
+    if modes is not None and not isinstance(modes, int):
+        raise UserError(f"--controlnet {net}: num_mode found {modes!r}, expected a whole number")
+    weights = {".safetensors", ".bin"}
+    if Path(net).is_dir() and not weights & {file.suffix for file in Path(net).iterdir()}:
+        raise UserError(f"--controlnet {net}: found no weights (*.safetensors) in this folder")
     return config
 
 

@@ -38,8 +38,6 @@ def check(args) -> None:
     Raises: UserError with one line per problem.
     """
     derived.refuse_own_loops(args, "stages")
-    derived.refuse_foreign(args, "FluxImg2ImgPipeline")
-    derived.refuse_kinds(args, ("schnell", "dev"))
     problems = []
     if not 0 < args.structure_scale <= 1:
         problems.append(f"--structure_scale {args.structure_scale:g}: expected above 0, at most 1")
@@ -55,6 +53,8 @@ def check(args) -> None:
         problems.append("--swap_loras: stages make one picture; use --lora alone, or gen_image.py")
     if problems:
         raise UserError("\n".join(problems))
+    derived.refuse_kinds(args, ("schnell", "dev"))
+    derived.refuse_foreign(args, "FluxImg2ImgPipeline")  # imports diffusers: seconds
 
 
 class Stages:
@@ -123,8 +123,8 @@ def shares(seconds: dict[str, float]) -> str:
 def main() -> None:
     """Parse, check, load, optimise, make the picture, save it with its stages."""
     args = parse()
+    quiet_libraries()  # the checks import diffusers
     check(args)
-    quiet_libraries()
     from utils.images import save_images
     from utils.prepare import announce_and_load, prepare
 

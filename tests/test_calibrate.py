@@ -197,6 +197,7 @@ def test_no_file_and_no_json_are_one_line(tmp_path):
         (("--ckpt", "tiny-schnell"), "distilled steps"),
         (("--scheduler", "unipc"), "--step_mask"),
         (("--mask_file", "no/such/folder/mask.json"), "--mask-file no/such/folder/mask.json: the"),
+        (("--mask_file", "mask.txt"), "--mask_file mask.txt: expected a name ending in .json"),
     ],
 )
 def test_what_has_no_mask_is_refused_before_loading(flags, expected):

@@ -139,6 +139,7 @@ def test_refusals_are_one_line(monkeypatch, tmp_path):
     for flags, expected in (
         ((tmp_path / "file",), f"--embedding_cache {tmp_path / 'file'}: "),
         ((tmp_path / "open",), "lets others write"),
+        (("/proc/x",), "--embedding_cache /proc/x: cannot be made"),
         (
             (tmp_path / "x", "--compile_text_encoders", "--compile_export_mode", "compile"),
             "--embedding_cache: found --compile_text_encoders",

@@ -217,6 +217,25 @@ def test_refusals(flags, expected, scene, union):
     assert expected in refusal(*(places.get(flag, flag) for flag in flags))
 
 
+NET_CONFIG = '{"_class_name": "FluxControlNetModel"'
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("[]", "config.json: found list, expected keys and values"),
+        ("[" * 100_000, "config.json cannot be read"),
+        (NET_CONFIG + ', "num_mode": "x"}', "num_mode found 'x', expected a whole number"),
+        (NET_CONFIG + "}", "found no weights (*.safetensors) in this folder"),
+    ],
+)
+def test_a_damaged_net_is_refused_before_loading(config, expected, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError) as error:
+        controls.config_of(str(tmp_path))
+    assert str(error.value).startswith(f"--controlnet {tmp_path}: {expected}")
+
+
 def test_the_shape_follows_the_edges_and_without_the_net_it_does_not():
     """Held-out scenes; the bounds lie between the rows of tiny_flux/evaluation-controlnet.json."""
     from diffusers import FluxControlNetPipeline

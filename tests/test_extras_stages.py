@@ -1,13 +1,14 @@
 """Stages: sizes, shares, plain diffusers' pictures, refusals."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from derived_pieces import OFF, PROMPT, by_diffusers, plain
 from PIL import Image
 
-from extras import compare_stages, stages
+from extras import compare_stages, derived, stages
 from utils.errors import UserError
 
 LARGE = ("--height", "192", "--width", "160")
@@ -77,7 +78,8 @@ def test_the_command_says_where_the_time_went(tmp_path, monkeypatch, capsys):
         (("--modulation_once",), "--modulation_once: not for stages"),
     ],
 )
-def test_refusals(flags, expected):
+def test_refusals(flags, expected, monkeypatch):
+    monkeypatch.setattr(derived, "refuse_foreign", None)  # imports diffusers: it comes last
     with pytest.raises(UserError) as error:
         stages.check(stages.parse(list(flags)))
     assert expected in str(error.value)
@@ -90,12 +92,29 @@ def test_refusals(flags, expected):
         (("--sizes", "128", "100"), "--sizes 100: not divisible by 16 (nearest: 96)"),
         (("--height", "256"), "--height: the comparison sets them itself; leave it out"),
         (("--page", "no.md"), "--page no.md: no such file"),
+        (
+            ("--output-file", "x.png"),
+            "--output_file: the comparison keeps no picture; leave it out",
+        ),
     ],
 )
 def test_a_comparison_refuses_before_it_draws(flags, expected):
     with pytest.raises(UserError) as error:
         compare_stages.check(compare_stages.parse(list(flags)))
     assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("module", [stages, compare_stages])
+def test_the_libraries_are_quiet_before_a_check_imports_them(module, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
+
+    def check(args):
+        raise UserError(os.environ.get("DIFFUSERS_VERBOSITY", "loud"))
+
+    monkeypatch.setattr(stages, "check", check)
+    with pytest.raises(UserError, match="error"):
+        module.main()
 
 
 def test_a_comparison_appends_its_rows(tmp_path, monkeypatch):

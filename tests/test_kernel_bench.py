@@ -237,6 +237,7 @@ def test_the_command_writes_rows_and_a_table(tmp_path, monkeypatch, capsys):
     [
         (["--cases", "product/nothing"], "--cases product/nothing: found no such case"),
         (["--limit_s", "0"], "--limit_s 0: expected more than 0"),
+        (["--limit_s", "nan", "--list"], "--limit_s nan: expected more than 0"),
         (["--cases", "transfer/*", "--results", "/nowhere/x"], "--results /nowhere/x: cannot be"),
     ],
 )

@@ -111,6 +111,7 @@ def test_refusals_are_one_line_before_any_weight(flags, expected, monkeypatch):
         (["--pictures", "README.md/x"], "README.md is a file (expected a folder)"),
         (["--pictures", "/proc/x"], "--pictures /proc/x: the folder /proc cannot be written"),
         (["--pictures", "x/" + "y" * 300], "has 300 bytes in a name, expected 255"),
+        (["--ladder", "--pictures", "x"], "--pictures: a series keeps its pictures beside its"),
         (["--trace-file", "x" * 230], "--trace-file xxx"),
         (["--results", ""], "--results '': empty"),
         (["--quality_prompts", "9"], "--quality_prompts 9: expected at most 8"),

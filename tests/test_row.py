@@ -300,6 +300,15 @@ def test_the_source_of_those_edits_is_a_scene_that_the_checkpoint_knows():
         assert source.convert("RGB").tobytes() == render(Scene("circle", "red", "blue")).tobytes()
 
 
+@pytest.mark.parametrize("clip", ["nosuch", "utils"])
+def test_a_clip_that_is_not_there_is_refused_before_loading(clip, monkeypatch):
+    monkeypatch.setattr(row, "announce_and_load", None)
+    args = make_args()
+    args.clip_score = clip
+    with pytest.raises(UserError, match=f"--clip_score {clip}: "):
+        row.measure_row(args)
+
+
 def test_clip_scores_come_from_the_clip_that_is_named(tmp_path, run):
     """An untrained CLIP in transformers' layout: scores mean nothing, their path is real."""
     import shutil

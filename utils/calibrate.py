@@ -11,6 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from utils import mask_file
 from utils.benchmark_utils import create_parser, refuse_given
 from utils.errors import UserError, run_script
 from utils.quiet import quiet_libraries
@@ -39,6 +40,10 @@ def settle(argv: list[str], parser):
     if first.random_weights:
         raise UserError("--random_weights: a mask belongs to the weights, and these mean nothing")
     refuse_given(first, ("output_file",), "the calibration keeps no picture")
+    if not mask_file.is_file(first.mask_file):  # --step_mask would take it for a list of steps
+        raise UserError(
+            f"--mask_file {first.mask_file}: expected a name ending in {mask_file.SUFFIX}"
+        )
     given = first.prompt
     settle_call(first)
     steps = first.num_inference_steps
@@ -67,7 +72,6 @@ def main() -> None:
     quiet_libraries()
     from utils import card
     from utils.fit_mask import fit, record
-    from utils.mask_file import MaskFile, dump
     from utils.pipeline_utils import optimize
     from utils.prepare import announce_and_load
     from utils.report import write
@@ -77,7 +81,7 @@ def main() -> None:
     optimize(pipeline, args)
     full, step_sizes = record(pipeline, args)
     mask, weights, error = fit(pipeline, args, full, step_sizes, args.computed)
-    found = MaskFile(
+    found = mask_file.MaskFile(
         mask=mask,
         weights=weights,
         latents_error=error,
@@ -89,7 +93,7 @@ def main() -> None:
         prompts=args.prompt,
         environment=card.environment(args),
     )
-    write(Path(args.mask_file), dump(found))
+    write(Path(args.mask_file), mask_file.dump(found))
     print(f"mask        {mask}: {args.computed} of {len(mask)} steps computed")
     print(f"latents     off by {error:.1e} (relative L2) on the calibration's own prompts")
     print(f"wrote {args.mask_file}; use it: --step_mask {args.mask_file}")

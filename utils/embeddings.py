@@ -44,7 +44,10 @@ def open_cache(args, flag: str = "--embedding_cache") -> Path:
             f"{flag}: found --compile_text_encoders, expected encoders that need not be there; "
             "leave out one of the two"
         )
-    return artifacts.open_cache(folder)
+    try:
+        return artifacts.open_cache(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("--cache-dir", flag, 1)) from None
 
 
 def identity_of(args, texts: list[str]) -> dict:

@@ -8,7 +8,9 @@ seed, and for latents the error of bf16 eager itself against fp32 (utils/referen
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from utils.checkpoints import hub_file
 from utils.errors import UserError
 from utils.prompts import count_images
 
@@ -109,6 +111,17 @@ def ssim(image, reference) -> float:
         for x in (image, reference)
     )
     return float(structural_similarity_index_measure(a, b, data_range=255.0))
+
+
+def check_clip(clip: str) -> None:
+    """Look for a CLIP's config, in a folder or with one request to the hub.
+
+    Raises: UserError without one; its weights are seen when they are loaded.
+    """
+    if not Path(clip).is_dir():
+        hub_file(clip, "config.json", "--clip_score", "name a folder that holds one")
+    elif not (Path(clip) / "config.json").is_file():
+        raise UserError(f"--clip_score {clip}: found no config.json, expected a CLIP's folder")
 
 
 def clip_score(images: list, prompts: list[str], clip: str) -> float:

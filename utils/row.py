@@ -31,6 +31,8 @@ def measure_row(args) -> tuple[dict, object, object]:
     from utils.pipeline_utils import generate, reused_steps
 
     prepare(args)
+    if clip := getattr(args, "clip_score", None):
+        quality.check_clip(clip)
     with_fp32 = args.fp32_reference or args.checkpoint.source == "bundled"
     with_fp32 = with_fp32 and not args.disable_bf16  # there eager is fp32
     if with_fp32:

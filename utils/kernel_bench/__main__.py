@@ -189,7 +189,7 @@ def settle(args):
     args.machine = hardware.detect(args.device)
     args.device = args.device or args.machine.device
     args.size = args.size or ("tiny" if args.machine.device == "cpu" else "full")
-    if args.limit_s <= 0:
+    if not args.limit_s > 0:  # nan is no limit either
         raise UserError(f"--limit_s {args.limit_s:g}: expected more than 0")
     if problem := import_problem("triton", "triton.language"):  # torch's CPU build brings none
         raise UserError(f"utils.kernel_bench: found {problem}; pip install triton==3.7.1")
