@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import make_args
 
+from utils import architecture, readme
 from utils.checks import MAX_EDGE, number_problems
 from utils.errors import UserError
 
@@ -175,3 +176,12 @@ def test_every_problem_is_reported_at_once():
     with pytest.raises(UserError) as refusal:
         make_args("--height", "100", "--seed", "-1", "--output-file", "no/such/x.png")
     assert len(str(refusal.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", [architecture, readme])
+def test_what_writes_documents_takes_no_word(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [command.__name__, "--nosuch"])
+    monkeypatch.setattr(Path, "write_text", None)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2

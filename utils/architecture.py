@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils import checkpoints
+from utils.benchmark_utils import Parser
+from utils.errors import run_script
 from utils.explain import amount, cells, duration
 from utils.layers import Precision, products, total
 from utils.peaks import CARDS
@@ -285,5 +287,11 @@ def render(text: str) -> str:
     return fill(text, SECTIONS, PAGE.name)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page's tables; there is nothing to choose."""
+    Parser(description=__doc__.split("\n\n")[0]).parse_args()
     PAGE.write_text(render(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    run_script(main)

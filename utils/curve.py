@@ -61,9 +61,7 @@ def draw(rows: list[dict]) -> bytes:
         return bottom - HEIGHT * max(0.0, db) / marks[-1]
 
     call = rows[0]["call"]
-    title = (
-        f"{call['ckpt']}, {steps} steps, {len(call['prompt'])} prompts: PSNR of the worst picture"
-    )
+    title = f"{call['ckpt']}, {steps} steps, PSNR of the worst picture of {len(call['prompt'])}"
     drawing.text(LEFT, 16, title, "text", size=15)
     at = LEFT
     for kind, style in STYLES.items():

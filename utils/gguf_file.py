@@ -47,7 +47,8 @@ def read_header(path: Path) -> Contents:
 
     flag = f"--gguf_file {path}"
     if not path.is_file():
-        raise UserError(f"{flag}: no such file (expected a .gguf file, or repo/name.gguf)")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{flag}: {found} (expected a .gguf file, or repo/name.gguf)")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
