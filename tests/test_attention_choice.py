@@ -190,6 +190,20 @@ def test_each_machine_gets_its_backend(machine, fp32, backend, dtype):
     assert verdict.lossless == (dtype != "fp8")
 
 
+@pytest.mark.parametrize(
+    ("machine", "backend"),
+    [
+        *((GPU["H200"], name) for name in fa3.BACKENDS if name != "aiter"),
+        *((MI300, name) for name in ("aiter", "fa2", "sdpa_flash", "sdpa_efficient")),
+        (GPU["A100"], "sdpa_cudnn"),
+        (GPU["T4"], "int8"),
+    ],
+)
+def test_what_a_machine_has_may_be_named(machine, backend):
+    verdict = fa3.choose(machine, torch.bfloat16, backend=backend, probe=installed)
+    assert verdict.is_on and verdict.settings["backend"] == backend
+
+
 def test_precision_of_fa3():
     def choose(**flags):
         verdict = fa3.choose(GPU["H200"], torch.bfloat16, probe=installed, **flags)

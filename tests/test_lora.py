@@ -217,7 +217,8 @@ def test_what_is_no_lora_is_refused(folder, tmp_path):
         assert expected in refusal("--lora", str(tmp_path / name))
     vae = "tiny_flux/tiny-dev/vae/diffusion_pytorch_model.safetensors"
     assert "no LoRA: found decoder" in refusal("--lora", vae)
-    assert "no such file" in refusal("--lora", str(tmp_path / "absent.safetensors"))
+    for absent in (tmp_path / "absent.safetensors", "/absent/x.safetensors"):
+        assert "no such file (nor" in refusal("--lora", str(absent))
     assert "is a folder" in refusal("--lora", str(tmp_path))
     assert "someone/style/pytorch_lora_weights.safetensors" in refusal("--lora", "someone/style")
     schnell = str(folder / "a.safetensors")

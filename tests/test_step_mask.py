@@ -263,6 +263,15 @@ def test_presets_are_masks_of_28_steps_and_fit_any_number(name):
         assert 0 <= sum(mask) - share * steps < 1
 
 
+def test_flags_go_before_the_presets_prediction():
+    mask = ("--ckpt", "tiny-dev", "--step_mask", "fast")
+    preset = PRESETS["fast"]
+    assert step_mask.prediction(make_args(*mask)) == (preset.order, preset.gain)
+    order, gain = preset.order + 1, preset.gain / 4
+    flags = ("--step_mask_order", str(order), "--step_mask_gain", str(gain))
+    assert step_mask.prediction(make_args(*mask, *flags)) == (order, gain)
+
+
 WRONG = {
     "length": (("--step_mask", "1,0,1"), "found 3 entries, expected one for each of 6 steps"),
     "step": (("--step_mask", "0-2,9"), "found step 9, expected 0 to 5 of 6 steps"),
