@@ -101,3 +101,8 @@ def test_ssim_knows_equal_noisy_and_shifted():
     assert quality.ssim(gradient, gradient) == pytest.approx(1.0)
     assert quality.ssim(gradient, Image.blend(gradient, noisy, 0.1)) > 0.3
     assert quality.ssim(gradient, noisy) < 0.2
+
+
+def test_pictures_of_two_sizes_are_refused_where_numpy_would_stretch_one():
+    with pytest.raises(ValueError, match="differ in shape"):
+        quality.psnr_db(grey(8), Image.new("RGB", (1, 1), (8, 8, 8)))
