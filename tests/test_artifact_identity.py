@@ -49,6 +49,19 @@ def test_steps_that_are_off_or_outside_of_the_packages_are_no_part_of_them(tmp_p
     assert found == {"fused_projections": {}, "channels_last": {}, "fused_mlp": {"joint": True}}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_cpu_with_other_instructions_gets_packages_of_its_own(device, tmp_path, monkeypatch):
+    """Of the same name and vector width; the code that launches a GPU's kernels is C++, too."""
+    args = make_args(tmp_path, machine=Machine(device, "any", (9, 0)))
+    first = artifacts.identity_of_run(args, {})
+    has = torch.cpu.get_capabilities()
+    less = has | {"sse4_2": not has.get("sse4_2")}
+    for found, fields in ((has | {"num_sockets": 64}, []), (less, ["machine.cpu_isa"])):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        lines = differences(first, artifacts.identity_of_run(args, {}))
+        assert [line.partition(":")[0] for line in lines] == fields
+
+
 def test_threads_and_the_compilers_variables_make_another_package(tmp_path, monkeypatch):
     """A package that was built for one thread has loops for one thread, whatever there is later."""
     args = make_args(tmp_path)

@@ -246,9 +246,9 @@ def test_every_field_of_a_real_run_is_refused_by_name(tmp_path):
     assert artifacts.find(root, identity)[0] == package
     assert fields >= {
         *(f"checkpoint.{key}" for key in ("name", "weights")),
-        *(f"machine.{key}" for key in ("device", "name", "capability", "hip")),
+        *(f"machine.{key}" for key in ("device", "name", "capability", "hip", "cpu_isa")),
         *(f"versions.{key}" for key in ("torch", "triton", "torchao", "diffusers", "cuda")),
-        *(f"versions.{key}" for key in ("driver", "os", "libc", "cpu_isa")),
+        *(f"versions.{key}" for key in ("driver", "os", "libc")),
         *("component", "dtype", "code", "steps.quant.granularity", "inputs.hidden_states.shape"),
         *("compiler.epilogue_fusion", "compiler.always_keep_tensor_constants"),
     }

@@ -25,8 +25,21 @@ def environment() -> dict:
         "hip": torch.version.hip,
         "os": f"{platform.system()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
-        "cpu_isa": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def cpu_isa() -> str:
+    """Name the CPU's instructions: Inductor compiles C++ for its own CPU, a GPU's launchers too.
+
+    Names of virtual CPUs do not tell them apart, nor does torch's own word (AVX512): on a CPU that
+    lacks some of them the process would end with an illegal instruction.
+    """
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    names = " ".join(sorted(name for name, is_there in has.items() if is_there is True))
+    digest = hashlib.sha256(names.encode()).hexdigest()[:8]
+    return f"{torch.backends.cpu.get_cpu_capability()} {digest}"
 
 
 def code_digest(files: list[Path]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from utils import card
-from utils.artifacts.identity import code_digest, environment
+from utils.artifacts.identity import code_digest, cpu_isa, environment
 from utils.artifacts.private import open_cache
 from utils.artifacts.remote import fetch
 from utils.artifacts.store import nearest
@@ -31,11 +31,13 @@ def known_early(args, compiler: dict) -> dict:
 
     machine = dataclasses.asdict(args.machine)
     driver = card.gpu_state(args).get("driver_version")
-    # AOTInductor writes loops for one thread where it has one, and they stay so
-    threads = {"threads": torch.get_num_threads()} if args.machine.device == "cpu" else {}
+    machine = {key: machine[key] for key in ("device", "name", "capability", "hip")}
+    machine["cpu_isa"] = cpu_isa()
+    if args.machine.device == "cpu":  # AOTInductor writes loops for one thread where it has one
+        machine["threads"] = torch.get_num_threads()
     return {
         "dtype": str(args.dtype),
-        "machine": {key: machine[key] for key in ("device", "name", "capability", "hip")} | threads,
+        "machine": machine,
         "compiler": compiler,
         "variables": card.variables(COMPILER),
         "versions": environment() | {"driver": driver},
