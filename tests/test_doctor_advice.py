@@ -65,6 +65,7 @@ def time_two_shapes(num_warmup: int) -> None:
 ROOM_MIB = 800  # 550 do not suffice for tiles of 1280x1280, 1000 not for the whole decoder
 
 
+@pytest.mark.slow  # five runs, one of them of 1280x1280
 def test_out_of_memory(apart, explained):
     call = ("gen_image.py", "--device", "cpu", "--num_inference_steps", "1")
     large = (*call, "--height", "1280", "--width", "1280")

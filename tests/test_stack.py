@@ -96,36 +96,34 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize(
-    "flags_on",
-    [True, pytest.param(False, marks=pytest.mark.slow)],
-    ids=["flags", "no-flags"],
+    ("scope", "flags_on"),
+    [
+        ("full", True),
+        pytest.param("blocks", True, marks=pytest.mark.slow),
+        pytest.param("blocks", False, marks=pytest.mark.slow),
+    ],
 )
-def test_compile_of_the_blocks_and_what_the_compiler_saw(flags_on, reference, seen_by_inductor):
+def test_compiled_what_the_compiler_saw_and_no_recompilation_in_timed_runs(
+    scope, flags_on, reference, seen_by_inductor
+):
+    from utils.benchmark_utils import measure
     from utils.steps.inductor_tuning_flags import FLAGS
 
-    flags = [*PROMPT, "--compile_export_mode", "compile", "--compile_scope", "blocks"]
+    flags = [*PROMPT, "--compile_export_mode", "compile", "--compile_scope", scope]
     flags += [] if flags_on else ["--disable_inductor_tuning_flags"]
     with fresh_compiler():
         pipeline, args = optimized(*flags)
-        compiled = len(seen_by_inductor)
-        assert compiled >= 3  # double block, single block, decoder
+        compiled = len(seen_by_inductor)  # double block, single block, decoder
+        assert compiled >= {"full": 2, "blocks": 3}[scope]
+        assert measure(lambda: generate(pipeline, args), "cpu", 2, 0).samples
         scores = distance(pipeline, args, reference(*PROMPT))
         assert len(seen_by_inductor) == compiled  # the warm-up compiled all that the call needs
-    expected = {name: value if flags_on else not value for name, value in FLAGS.items()}
-    assert all(switches == expected for switches in seen_by_inductor)
-    assert scores["psnr"] > 35, scores
-
-
-def test_compile_of_the_whole_and_no_recompilation_in_timed_runs(reference):
-    from utils.benchmark_utils import measure
-
-    with fresh_compiler():
-        pipeline, args = optimized(*PROMPT, "--compile_export_mode", "compile")
-        assert measure(lambda: generate(pipeline, args), "cpu", 2, 0).samples
-        assert distance(pipeline, args, reference(*PROMPT))["psnr"] > 35
         wide = make_args("--device", "cpu", *PROMPT, "--width", "160")
         with pytest.raises(RuntimeError, match=r"(?i)recompil"):
             measure(lambda: generate(pipeline, wide), "cpu", 1, 0)
+    expected = {name: value if flags_on else not value for name, value in FLAGS.items()}
+    assert all(switches == expected for switches in seen_by_inductor)
+    assert scores["psnr"] > 35, scores
 
 
 def test_everything_together_with_float8_and_aoti(reference, float8_on_cpu, tmp_path):
