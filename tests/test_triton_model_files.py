@@ -54,7 +54,7 @@ def triton_module() -> SimpleNamespace:
     triton = SimpleNamespace(
         TritonError=lambda words, code: words,
         InferenceResponse=lambda outputs, error=None: SimpleNamespace(
-            error=error, output_tensors=lambda: outputs
+            error=error, has_error=lambda: error is not None, output_tensors=lambda: outputs
         ),
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
@@ -68,6 +68,7 @@ class Sender:
 
     def __init__(self, room: bool) -> None:
         self.room, self.closed, self.errors, self.sent = room, False, [], 0
+        self.endless = 0  # errors that did not end the request, whose caller never sees its end
         self.ended = threading.Event()
 
     def send(self, response=None, flags: int = 0) -> None:
@@ -78,6 +79,7 @@ class Sender:
             raise RuntimeError("no shared memory")
         self.sent += response is not None
         self.errors += [response.error] if response and response.error else []
+        self.endless += bool(response and response.error and not flags)
         if flags:
             self.ended.set()
 
@@ -161,6 +163,7 @@ def test_latents_that_cannot_be_sent_are_an_error(transformer, monkeypatch, fail
     assert sender.ended.wait(600)
     words = {"making": "CUDA error", "sending": "no shared memory"}[failing]
     assert (sender.errors, sender.closed) == ([f"INTERNAL: {words}"], True)
+    assert not sender.endless
 
 
 def test_a_step_is_told_when_the_slowest_image_has_taken_it(transformer, monkeypatch):

@@ -179,10 +179,14 @@ def send_last(sender, response) -> None:
     """Send a request's last response; where it cannot be sent (shared memory is full), an error.
 
     The final flag comes by itself: a sender that was given it takes nothing more, even if the
-    response that came with it was never sent, and its request would not end.
+    response that came with it was never sent, and its request would not end. But with an error it
+    has to come: of two messages a calling model's iteration never ends (Triton 2.51).
     """
     import triton_python_backend_utils as pb_utils
 
+    if response.has_error():
+        send(sender, response, last=True)
+        return
     try:
         send(sender, response)
     except Exception as error:
