@@ -1,7 +1,7 @@
 """Time the stack, beside its quality and memory: python run_benchmark.py [--trace-file t.json.gz]
 
-One row by default; `--ladder` and `--leave_one_out` measure many, each in a process of its own. The
-last line of a row's stdout is the row as JSON.
+One row by default; `--ladder`, `--leave_one_out`, `--peers` and `--forward_selection` measure many,
+each in a process of its own. The last line of a row's stdout is the row as JSON.
 """
 
 import json
@@ -48,6 +48,12 @@ def parse_arguments():
     add("--ladder", action="store_true", help="from bf16 eager, one step more in each row")
     add("--leave_one_out", action="store_true", help="everything on but one step in each row")
     add("--peers", action="store_true", help="our run, and every peer on the same call")
+    add(
+        "--forward_selection",
+        action="store_true",
+        help="the run as typed, and on top of it, one by one, the lossless steps that are off by "
+        "default: what is faster beyond the spread stays on",
+    )
     add("--rows", metavar="A,B,C", help="only these rows of the series (fp32 only by this)")
     add("--rounds", type=int, default=1, help="how often the rows take turns")
     add = parser.add_argument_group("instead of measuring").add_argument

@@ -11,7 +11,7 @@ from conftest import make_args
 from PIL import Image
 
 import run_benchmark
-from utils import card, results, series
+from utils import card, results, series, series_rows
 from utils.errors import UserError
 from utils.report_rows import read
 from utils.report_series import series_of
@@ -156,7 +156,7 @@ def test_a_ladder_is_stored_row_by_row_and_goes_on_where_it_stopped(monkeypatch,
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:100])
     monkeypatch.setattr(card, "commit", lambda: "clean")
     ran = []
-    monkeypatch.setattr(series, "run_row", lambda words, _: ran.append(words) or dict(rows[1]))
+    monkeypatch.setattr(series_rows, "run_row", lambda words, _: ran.append(words) or dict(rows[1]))
     assert series.run_series(args, list(flags)) == 0
     assert len(ran) == 1 and shlex.split(rows[1]["command"])[2:] == ran[0]
     output = capsys.readouterr()
@@ -178,7 +178,7 @@ def test_a_row_that_two_series_share_is_measured_once_and_stands_in_both(monkeyp
     row |= {"call": {"ckpt": "tiny-dev"}, "environment": {"commit": "clean"}}
     ran = []
     monkeypatch.setattr(card, "commit", lambda: "clean")
-    monkeypatch.setattr(series, "run_row", lambda words, _: ran.append(words) or dict(row))
+    monkeypatch.setattr(series_rows, "run_row", lambda words, _: ran.append(words) or dict(row))
     for flags in (plain, cached, cached):
         assert series.run_series(arguments(monkeypatch, *flags), list(flags)) == 0
     first, second = read(path)
@@ -210,7 +210,7 @@ def test_rounds_take_turns(monkeypatch, tmp_path):
     spread = {"median": 1.0, "min": 1.0, "max": 1.0, "n": 1, "samples": [1.0]}
     row = {"format": 2, "total_s": spread, "quality": {"psnr_db_worst": None}}
     row |= {"call": {}, "environment": {}}
-    monkeypatch.setattr(series, "run_row", lambda *_: dict(row))
+    monkeypatch.setattr(series_rows, "run_row", lambda *_: dict(row))
     assert series.run_series(args, list(flags)) == 0
     found = [(row["row"], row["round"]) for row in read(path)]
     assert found == [("eager", 0), ("+ fa3", 0), ("eager", 1), ("+ fa3", 1)]
@@ -245,14 +245,14 @@ def test_a_disk_that_fills_up_costs_no_measured_row(monkeypatch, tmp_path, capsy
     spread = {"median": 1.0, "min": 1.0, "max": 1.0, "n": 1, "samples": [1.0]}
     row = {"format": 2, "total_s": spread, "quality": {"psnr_db_worst": None}}
     row |= {"call": {}, "environment": {}}
-    monkeypatch.setattr(series, "run_row", lambda *_: dict(row))
+    monkeypatch.setattr(series_rows, "run_row", lambda *_: dict(row))
 
     def append(where, rows):
         if rows and where.exists():  # room for one row
             raise UserError("--results: cannot be written (No space left on device)")
         results.append(where, rows)
 
-    monkeypatch.setattr(series, "append", append)
+    monkeypatch.setattr(series_rows, "append", append)
     with pytest.raises(UserError, match="No space left"):
         series.run_series(args, list(flags))
     assert [row["row"] for row in read(path)] == ["eager"]

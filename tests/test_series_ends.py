@@ -13,11 +13,11 @@ from test_errors import is_running, wait_for
 from test_series import ROOT, SHORT, arguments
 
 from triton_models import repository, serve
-from utils import card, row_process, series
+from utils import card, row_process, series, series_rows
 from utils.errors import UserError
 from utils.report_rows import read
 
-SERIES = ("--ladder", "--leave_one_out", "--peers")
+SERIES = ("--ladder", "--leave_one_out", "--peers", "--forward_selection")
 ROW = {
     "format": 2,
     "total_s": report_pieces.spread(1.0, n=2),
@@ -39,7 +39,7 @@ ROW = {
     ],
 )
 def test_a_wrong_call_is_refused_before_the_first_row(monkeypatch, tmp_path, kind, flags, expected):
-    monkeypatch.setattr(series, "run_row", lambda *_: pytest.fail("a row was run"))
+    monkeypatch.setattr(series_rows, "run_row", lambda *_: pytest.fail("a row was run"))
     words = (kind, "--results", str(tmp_path / "x.jsonl"), *SHORT, *flags)
     with pytest.raises(UserError) as refusal:
         series.run_series(arguments(monkeypatch, *words), list(words))
@@ -62,7 +62,7 @@ def test_a_refused_row_is_told_and_no_result(monkeypatch, tmp_path, capsys):
         failed = {"format": 2, "failed": said["eager"]}
         return failed if "--disable_fa3" in command else ROW | {"environment": {}}
 
-    monkeypatch.setattr(series, "run_row", run_row)
+    monkeypatch.setattr(series_rows, "run_row", run_row)
     monkeypatch.setattr(card, "busy", lambda args: ["busy        so it is"])
     assert series.run_series(arguments(monkeypatch, *words), list(words)) == 2
     assert [row["row"] for row in read(path)] == ["eager", "+ fa3"]
@@ -82,7 +82,7 @@ def test_a_row_of_another_session_is_measured_again(monkeypatch, tmp_path, envir
     monkeypatch.setattr(card, "commit", lambda: "clean")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(
-        series, "run_row", lambda *c: commands.append(c) or ROW | {"environment": now}
+        series_rows, "run_row", lambda *c: commands.append(c) or ROW | {"environment": now}
     )
     assert series.run_series(arguments(monkeypatch, *words), list(words)) == 0
     (row,) = read(path)

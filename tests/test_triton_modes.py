@@ -102,7 +102,7 @@ def test_compiled_blocks_serve_every_size(tmp_path):
     store = ("--cache-dir", str(tmp_path / "store"))
     server = _served(tmp_path, *flags, *mode, *store, "--batch-sizes", "1,2")
     try:
-        with server.client() as client:
+        with server.client(timeout_s=600) as client:  # each size is compiled first
             for number, picture in enumerate(expected):
                 assert np.abs(_pixels(client, **_fields(number)) - picture).mean() < 1, number
     finally:

@@ -76,11 +76,11 @@ class Served:
             assert self.process.poll() is None and time.monotonic() < end, self.words.read_text()
             time.sleep(0.2)
 
-    def client(self):
+    def client(self, timeout_s: float = ANSWER_S):
         """Open a connection; an answer that stays away is queue.Empty."""
         from triton_models.client import Client
 
-        return Client(self.grpc, timeout_s=ANSWER_S)
+        return Client(self.grpc, timeout_s=timeout_s)
 
     def counters(self) -> dict[str, float]:
         """Read the orchestrator's metrics."""

@@ -130,6 +130,23 @@ def create_parser(description: str | None = None) -> Parser:
     return parser
 
 
+class _Recorder:
+    """Stands for a parser and notes the names of the flags that it is given."""
+
+    def __init__(self):
+        self.flags: list[str] = []
+
+    def add_argument(self, name: str, **_) -> None:
+        self.flags.append(name)
+
+
+def flags_of_step(step) -> list[str]:
+    """List the flags that a step adds."""
+    recorder = _Recorder()
+    step.add_flags(recorder)
+    return recorder.flags
+
+
 def refuse_given(args, flags: tuple[str, ...], why: str) -> None:
     """Refuse flags of the common parser that a command would not heed.
 

@@ -128,7 +128,7 @@ class Finding:
         return self.verdict in ("slower", "failed") or self.quality == "worse"
 
 
-def quality_change(a: dict, b: dict) -> tuple[str, list[str]]:
+def quality_change(a: dict, b: dict, bounds: tuple = BOUNDS) -> tuple[str, list[str]]:
     """Compare the quality of two rows: the verdict, and what moved beyond its bound."""
     old, new = a.get("quality") or {}, b.get("quality") or {}
     if not old or not new:
@@ -148,7 +148,7 @@ def quality_change(a: dict, b: dict) -> tuple[str, list[str]]:
             better.append("lossy -> lossless")
     exact = [scores.get("fp32_relative_l2") for scores in (old, new)]
     rounding = a.get("lossless") and b.get("lossless") and None not in exact
-    for key, kind, bound in BOUNDS[:1] if rounding else BOUNDS:
+    for key, kind, bound in bounds[:1] if rounding else bounds:
         x, y = (_score(scores, key) for scores in (old, new))
         if x is None or y is None:
             continue

@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from utils import startup
-from utils.benchmark_utils import Parser
+from utils.benchmark_utils import Parser, flags_of_step
 from utils.errors import run_script
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
@@ -40,20 +40,10 @@ def steps() -> str:
     """List the steps in their order: what each does, and the flags that turn and tune it."""
     rows = []
     for step in STEPS:
-        step.add_flags(_Recorder(flags := []))
         first = " ".join(step.__doc__.split("\n\n")[0].split())
-        rows.append((f"`{step.NAME}`", first.rstrip("."), " ".join(f"`{f}`" for f in flags)))
+        named = " ".join(f"`{flag}`" for flag in flags_of_step(step))
+        rows.append((f"`{step.NAME}`", first.rstrip("."), named))
     return piped(("step", "what it does", "flags"), rows)
-
-
-class _Recorder:
-    """Stands for a parser and notes the names of the flags that it is given."""
-
-    def __init__(self, flags: list[str]):
-        self.flags = flags
-
-    def add_argument(self, name: str, **_) -> None:
-        self.flags.append(name)
 
 
 def choices(machine: Machine) -> tuple[str, ...]:

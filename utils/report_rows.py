@@ -34,6 +34,7 @@ _SHAPE = {
     "row": str,
     "series": str,
     "with": str,
+    "base": str,
     "position": float,
     "round": float,
     "failed": str,

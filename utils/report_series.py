@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from utils.report_rows import apart, get, name
 
-KINDS = ("ladder", "leave_one_out", "peers")
+KINDS = ("ladder", "leave_one_out", "peers", "forward_selection")
 
 
 def call_text(row: dict) -> str:
@@ -46,9 +46,9 @@ def series_of(rows: list[dict]) -> list[Series]:
     """Sort rows into one series per kind and call, in the order in which the file begins them.
 
     A ladder is measured against its row "eager" (fp32 may come before it), or its first; peers
-    against ours. What leaving a step out costs is measured against the series' own row with
-    everything on (one that does not begin with "without"), or the last rung of the ladder of the
-    same call.
+    against ours; a selection against what was typed. What leaving a step out costs is measured
+    against the series' own row with everything on (one that does not begin with "without"), or the
+    last rung of the ladder of the same call.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     series = completed([row for row in rows if row.get("series") in KINDS])
@@ -56,11 +56,14 @@ def series_of(rows: list[dict]) -> list[Series]:
         groups.setdefault((row["series"], call_text(row)), []).append(row)
     found: list[Series] = []
     for (kind, call), group in sorted(groups.items(), key=lambda item: item[0][0] != "ladder"):
+        if kind == "forward_selection":
+            group = _with_neighbours(group, [row for row in series if call_text(row) == call])
         ordered = sorted(group, key=lambda row: row.get("position") or 0)
         if kind == "ladder":
             base = next((row for row in ordered if name(row) == "eager"), ordered[0])
-        elif kind == "peers":
-            base = next((row for row in ordered if name(row) == "ours"), None)
+        elif kind in ("peers", "forward_selection"):
+            own = "ours" if kind == "peers" else "as typed"
+            base = next((row for row in ordered if name(row) == own), None)
         else:
             whole = [row for row in ordered if not name(row).startswith("without")]
             ladder = next((s.rows for s in found if s.call == call), ())
@@ -70,6 +73,23 @@ def series_of(rows: list[dict]) -> list[Series]:
     if single := [row for row in rows if row.get("series") not in KINDS]:
         found.append(Series("single", "", tuple(single), None))
     return found
+
+
+def _with_neighbours(group: list[dict], measured: list[dict]) -> list[dict]:
+    """Give rows that were tried on another the runs of that one before and after them.
+
+    Its other runs are of other hours. Adds: without_s, of the same shape as total_s.
+    """
+    found: dict[str, list[dict]] = {}
+    of_kind = [row for row in measured if row["series"] == "forward_selection"]
+    for at, row in enumerate(of_kind):
+        base = row.get("base")
+        if at and base == name(of_kind[at - 1]):
+            beside = [one for one in of_kind[at - 1 : at + 2] if base == name(one)]
+            beside = [one for one in beside if not one.get("failed") and not apart(row, one)]
+            found.setdefault(name(row), []).extend(beside)
+    timed = {who: _join([row["total_s"] for row in rows]) for who, rows in found.items() if rows}
+    return [row | {"without_s": timed.get(name(row))} for row in group]
 
 
 def completed(rows: list[dict]) -> list[dict]:

@@ -87,10 +87,22 @@ def _worth(row: dict, base: dict | None) -> str:
         return MISSING
     with_it, without = base["total_s"]["median"], row["total_s"]["median"]
     decimals = len(significant(with_it).partition(".")[2])
-    text = f"{without - with_it:+.{decimals}f} s, {without / with_it:.2f}x"
-    verdict = judge(samples(base), samples(row)).verdict
+    return f"{without - with_it:+.{decimals}f} s, {without / with_it:.2f}x{_doubt(base, row)}"
+
+
+def _gain(row: dict) -> str:
+    """Say how much faster a row is than the one that it was tried on, before and after it."""
+    if row.get("failed") or not row.get("without_s"):
+        return MISSING
+    base = {"total_s": row["without_s"]}
+    times = base["total_s"]["median"] / row["total_s"]["median"]
+    return f"{times:.2f}x {row['base']}{_doubt(base, row)}"
+
+
+def _doubt(a: dict, b: dict) -> str:
+    verdict = judge(samples(a), samples(b)).verdict
     notes = {"unchanged": " (within the spread)", "cannot tell": " (too few runs to tell)"}
-    return text + notes.get(verdict, "")
+    return notes.get(verdict, "")
 
 
 def psnr(row: dict) -> str:
@@ -173,6 +185,7 @@ def table(series: Series) -> Table:
         "ladder": ("speed-up", speedup),
         "leave_one_out": ("worth of the step", lambda row: _worth(row, series.base)),
         "peers": ("ours is ahead", ahead),
+        "forward_selection": ("times as fast as", _gain),
     }
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("row", name),
@@ -224,6 +237,7 @@ def title(series: Series) -> str:
         "ladder": "Ladder, one step more per row: ",
         "leave_one_out": "Everything on but one step: ",
         "peers": "Beside other projects on the same call: ",
+        "forward_selection": "Forward selection, one flag more per row, kept if it pays: ",
         "single": "Single runs",
     }
     return kinds[series.kind] + series.call

@@ -1,44 +1,33 @@
-"""Series of rows, one process each, so that none disturbs another: ladder, leave-one-out, peers.
+"""Series of rows, one process each, so that none disturbs another.
 
 The ladder turns the steps on one after the other, from plain diffusers in bf16 to everything;
-leave-one-out has everything on but one; peers stand beside ours on the same call. Each row is a
-command of its own, printed and stored. Rows are appended as they come, so an interruption costs the
-row that was running: the same command goes on where the last one stopped. With several rounds the
-rows take turns (A B C A B C), so that a machine that drifts favours none.
+leave-one-out has everything on but one; peers stand beside ours on the same call; a forward
+selection (utils/selection.py) tries what is off by default. Each row is a command of its own,
+printed and stored. Rows are appended as they come, so an interruption costs the row that was
+running: the same command goes on where the last one stopped. With several rounds the rows take
+turns (A B C A B C), so that a machine that drifts favours none.
 """
 
 import copy
-import json
-import shlex
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from utils import card, hardware, peers
-from utils.benchmark_utils import create_parser
+from utils import card, hardware, peers, selection
 from utils.errors import UserError
 from utils.pipeline_utils import STEPS
-from utils.prepare import prepare, settle_call
-from utils.report_rows import get, read, variables
+from utils.prepare import settle_call
+from utils.report_series import KINDS
 from utils.results import append
-from utils.row_process import SCRIPT, is_refused, run_row, summary
+from utils.row_process import SCRIPT
+from utils.series_rows import Log, Row, state
 
-OWN_FLAGS = {"--ladder": 0, "--leave_one_out": 0, "--peers": 0, "--rows": 1, "--rounds": 1}
+OWN_FLAGS = {f"--{kind}": 0 for kind in KINDS} | {"--rows": 1, "--rounds": 1}
 OWN_FLAGS |= {"--results": 1, "--pictures": 1}  # pictures stand beside the results
 CACHE_FLAGS = ("cache_dit_config", "step_mask", "step_mask_order", "step_mask_gain")
 OWN_STEPS = {"--compile_export_mode": 1} | {f"--{flag}": 1 for flag in CACHE_FLAGS}  # of a ladder
 MODES = ("compile", "export_aoti")
 CACHES = ("cache_dit", "step_mask")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One command of a series."""
-
-    name: str
-    flags: tuple[str, ...]
-    step: str | None = None  # the step that the row is about: without it the row is skipped
-    peer: str | None = None
+AS_TYPED = ("peers", "forward_selection")  # series whose rows keep the flags of OWN_STEPS
 
 
 def toggles(args) -> list[str]:
@@ -106,6 +95,14 @@ def peer_rows(args) -> list[Row]:
     return [Row("ours", ()), *(Row(f"peer:{p}", ("--peer", p), peer=p) for p in peers.PEERS)]
 
 
+LISTS = {
+    "ladder": ladder,
+    "leave_one_out": leave_one_out,
+    "peers": peer_rows,
+    "forward_selection": lambda args: selection.candidates(),
+}
+
+
 def choose(rows: list[Row], wanted: str | None) -> list[Row]:
     """Pick rows by name, given as a comma-separated list; all but fp32 when none is given.
 
@@ -114,7 +111,7 @@ def choose(rows: list[Row], wanted: str | None) -> list[Row]:
     if wanted is None:
         return [row for row in rows if row.name != "fp32"]
     known = {row.name: row for row in rows}
-    for prefix in ("+ ", "peer:"):
+    for prefix in ("+ ", "peer:", "+ --"):
         known |= {row.name.removeprefix(prefix): row for row in rows}
     names = [name.strip() for name in wanted.split(",")]
     for name in names:
@@ -148,63 +145,44 @@ def run_series(args, argv: list[str]) -> int:
         where the rows so far are.
     """
     name = args.series
-    listed = {"ladder": ladder, "leave_one_out": leave_one_out, "peers": peer_rows}[name](args)
+    listed = LISTS[name](args)
     rows = choose(listed, args.rows)
     settled = copy.copy(args)  # the rows settle what was typed, each for itself
     settle_call(settled)
     path = results_path(args)
     append(path, [])
     print("\n".join([f"rows go to {path}", *card.busy(settled)]), flush=True)
+    common = common_flags(argv, OWN_FLAGS if name in AS_TYPED else OWN_FLAGS | OWN_STEPS)
+    log = Log(path, {"series": name} | labels(args, common))
     try:
-        failed = _run_rows(args, argv, listed, rows, path)
+        if name == "forward_selection":
+            selection.run(rows, args.rounds, common, log)
+        else:
+            _run_rows(args, rows, listed, common, log)
     except KeyboardInterrupt as error:
         rows_so_far = path.exists() and path.stat().st_size
         raise type(error)(f"rows so far are in {path}" if rows_so_far else "") from None
     print(f"rows are in {path}; python -m utils.report renders them")
-    return failed
+    return log.failed
 
 
-def _run_rows(args, argv: list[str], listed: list[Row], rows: list[Row], path: Path) -> int:
-    name = args.series
-    own = OWN_FLAGS if name == "peers" else OWN_FLAGS | OWN_STEPS
-    common, failed, about = common_flags(argv, own), 0, {}
+def labels(args, common: list[str]) -> dict[str, str]:
+    """Say what the rows of this series share beside their call, if anything: a table of its own."""
+    if args.series == "forward_selection":
+        return {"with": typed} if (typed := selection.typed_steps(common)) else {}
+    if args.step_mask:
+        return {"with": f"step mask {args.step_mask}"}
+    return {"with": f"step cache {args.cache_dit_config}"} if args.cache_dit_config else {}
+
+
+def _run_rows(args, rows: list[Row], listed: list[Row], common: list[str], log: Log) -> None:
     states = {row: state(row, common) for row in rows}
     for turn in range(args.rounds):
-        done = _finished(path, turn)
         for row in rows:
-            words = [*common, *row.flags]
-            command = _command(words)
-            if states[row]:
-                if turn == 0:
-                    print(f"--  {row.name}: {states[row]}", flush=True)
-                continue
-            labels = {"row": row.name, "series": name, "position": listed.index(row), "round": turn}
-            if args.cache_dit_config:
-                labels["with"] = f"step cache {args.cache_dit_config}"
-            if args.step_mask:
-                labels["with"] = f"step mask {args.step_mask}"
-            if before := done.get(command):
-                named = {"with": None} | labels
-                if not any(all(one.get(k) == v for k, v in named.items()) for one in before):
-                    append(path, [before[-1] | named])  # measured for another series
-                print(f"ok  {row.name}: kept from before, in {path}", flush=True)
-                continue
-            print(f"... {row.name}: {command}", flush=True)
-            start = time.perf_counter()
-            found = run_row(words, path.parent / "pictures")
-            found |= labels | {"command": command}
-            if found.get("failed"):
-                found |= about  # what the other rows of this series say of call and machine
-            else:
-                about = {key: found[key] for key in ("call", "environment")}
-            try:
-                append(path, [] if is_refused(found) else [found])
-            except UserError:  # a full disk: the row took minutes, so it is at least shown
-                print(json.dumps(found, ensure_ascii=False), flush=True)
-                raise
-            failed += bool(found.get("failed"))
-            print(f"    {summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
-    return failed
+            if not states[row]:
+                log.measure(row, common, turn, position=listed.index(row))
+            elif turn == 0:
+                print(f"--  {row.name}: {states[row]}", flush=True)
 
 
 def results_path(args) -> Path:
@@ -215,45 +193,3 @@ def results_path(args) -> Path:
     words = "".join(c if c.isalnum() else " " for c in machine.name.lower()).split()
     skipped = ("nvidia", "amd", "instinct", "geforce", "r", "tm", "intel", "processor", "cpu")
     return SCRIPT.parent / "results" / ("-".join(w for w in words if w not in skipped) + ".jsonl")
-
-
-def state(row: Row, common: list[str]) -> str:
-    """Say why a row says nothing new here: its step is unavailable or refused; "" if it runs."""
-    if row.step is None and row.peer is None:
-        return ""
-    if row.peer:
-        machine = hardware.detect(create_parser().parse_known_args(common)[0].device)
-        lacking = peers.lacking(row.peer, machine)
-        return f"unavailable: {lacking}" if lacking else ""
-    flags = [flag for flag in row.flags if flag != f"--disable_{row.step}"]
-    args = create_parser().parse_known_args([*common, *flags])[0]
-    try:
-        prepare(args)
-    except UserError:
-        return ""  # the row itself will say it, and be stored as failed
-    verdict = args.plan[row.step]
-    return f"{verdict.state}: {verdict.reason}" if verdict.state == "unavailable" else ""
-
-
-def _command(words: list[str]) -> str:
-    return shlex.join(["python", SCRIPT.name, *words])
-
-
-def _finished(path: Path, turn: int) -> dict[str, list[dict]]:
-    """Give the rows that this very code has measured already, by their commands.
-
-    By as many threads: on a CPU others are another session, to which no ratio would be given. And
-    with the same variables of the environment, which a command does not tell.
-    """
-    import torch
-
-    now, found = card.commit(), {}
-    if now.endswith("-dirty") or not path.exists():
-        return {}
-    for row in read(path):
-        same = get(row, "environment", "commit") == now and (row.get("round") or 0) == turn
-        threads = get(row, "environment", "threads") in (None, torch.get_num_threads())
-        alike = threads and variables(row) == card.variables()
-        if same and alike and not row.get("failed"):
-            found.setdefault(row["command"], []).append(row)
-    return found

@@ -7,43 +7,41 @@ tells what the machine can do and not only what the flags say.
 import copy
 
 from extras.doctor.checks import ROOT, Finding
+from utils.benchmark_utils import create_parser
+from utils.selection import CANDIDATES
 from utils.steps import Verdict
 
-COMPILED = {"compile_export_mode": "compile"}
-ASK = {  # step that is off by default -> the arguments that turn it on
-    "fused_kernels": {"fused_kernels": True},
-    "fused_mlp": {"fused_mlp": True},
-    "vae_attention": {"vae_attention": True},
-    "subpixel_upsampling": {"subpixel_upsampling": "transposed"},
-    "group_norm": {"channel_group_norm": True} | COMPILED,
-    "conv_algorithms": {"conv_benchmark": True},
-    "cache_dit": {
-        "cache_dit_config": str(ROOT / "cache_config.yaml"),
-        "compile_scope": "blocks",
-        **COMPILED,
-    },
-    "modulation": {"modulation_once": True},
-    "text_padding": {"drop_text_padding": True},
-    "triton_float8": {"triton_float8": True},
-    "text_quant": {"quant_text_encoder": True},
-    "deferred_scales": {"deferred_scales": True} | COMPILED,
-    "persistent_tma": {"persistent_tma": True} | COMPILED,
+COMPILED = ("--compile_export_mode", "compile")
+NEEDS_COMPILER = (
+    *("group_norm", "deferred_scales", "persistent_tma", "fusion_limits"),
+    *("text_encoders", "image_encoder", "loop_graph"),
+)
+OTHERS = {  # step that no forward selection tries -> what asks for it
+    "fa3": (),  # on by default: the candidate is one of its settings
+    "cache_dit": (
+        *("--cache_dit_config", str(ROOT / "cache_config.yaml"), "--compile_scope", "blocks"),
+        *COMPILED,
+    ),
+    "text_padding": ("--drop_text_padding",),
+    "text_quant": ("--quant_text_encoder",),
     "inductor_tuning_flags": COMPILED,
-    "fusion_limits": {"fusion_limits": True} | COMPILED,
-    "text_encoders": {"compile_text_encoders": True} | COMPILED,
-    "image_encoder": {"compile_image_encoder": True} | COMPILED,
     "compile": COMPILED,
-    "export_aoti": {"compile_export_mode": "export_aoti"},
-    "loop_graph": {"loop_graph": True, "modulation_once": True} | COMPILED,
-    "step_mask": {"step_mask": "medium"},
+    "export_aoti": ("--compile_export_mode", "export_aoti"),
+    "step_mask": ("--step_mask", "medium"),
 }
+
+
+def asking(step) -> tuple[str, ...]:
+    """Give the flags that ask for a step that is off by default; none where it needs a file."""
+    if step.NAME in OTHERS:
+        return OTHERS[step.NAME]
+    words = next((words for words, about in CANDIDATES.items() if about == step.NAME), ())
+    return words + COMPILED if step.NAME in NEEDS_COMPILER else words
 
 
 def asked(step, args) -> Verdict:
     """Give a step's verdict if the user asked for it; still "off" where it needs a file."""
-    args = copy.copy(args)
-    vars(args).update(ASK.get(step.NAME, {}))
-    return step.check(args)
+    return step.check(create_parser().parse_args(asking(step), copy.copy(args)))
 
 
 def steps(args) -> list[Finding]:
