@@ -68,9 +68,8 @@ def rows_of(script: list[str], monkeypatch) -> list[list[str]]:
     args = run_benchmark.parse_arguments()
     if not args.series:
         return [script[1:]]
-    listed = {"ladder": series.ladder, "peers": series.peer_rows}
-    rows = series.choose(listed.get(args.series, series.leave_one_out)(args), args.rows)
-    own = series.OWN_FLAGS | ({} if args.series == "peers" else series.OWN_STEPS)
+    rows = series.choose(series.LISTS[args.series](args), args.rows)
+    own = series.OWN_FLAGS | ({} if args.series in series.AS_TYPED else series.OWN_STEPS)
     return [[*series.common_flags(script[1:], own), *row.flags] for row in rows]
 
 

@@ -12,8 +12,10 @@ from test_series import SHORT, arguments
 from extras.doctor import availability
 from utils import card, report_series, report_table, selection, series, series_rows
 from utils.errors import UserError
+from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
 from utils.report_rows import read
+from utils.steps import fa3
 
 QUALITY = {"psnr_db_worst": 50.0, "images": 1, "latents_relative_l2": 0.01}
 GAIN = {"--modulation_once": 0.8, "--fused_mlp": 0.9, "transposed": 1.1, "phases": 0.7}
@@ -51,6 +53,7 @@ def select(monkeypatch, tmp_path):
 
 
 UPSAMPLINGS = "subpixel_upsampling transposed,subpixel_upsampling phases"
+PAIR = ("--deferred_scales", "--fusion_limits")
 ROWS = ("--rows", f"fused_mlp,{UPSAMPLINGS},modulation_once")
 
 
@@ -190,10 +193,36 @@ def test_every_lossless_step_that_is_off_by_default_is_a_candidate():
     places = [order.index(step) for step in selection.CANDIDATES.values()]
     assert places == sorted(places)
     for words in selection.CANDIDATES:
-        assert selection.joined((), words) == words
+        assert selection.joined(words) == words
     kept = ("--subpixel_upsampling", "transposed", "--modulation_once")
     more = ("--subpixel_upsampling", "phases")
     assert selection.joined(kept, more) == (*more, "--modulation_once")
+
+
+def test_on_a_hopper_gpu_what_excludes_each_other_is_exchanged(
+    select, as_machine, monkeypatch, capsys
+):
+    """Every flag makes a run a tenth faster, the pair that excludes the fused kernels by a half."""
+    as_machine(Machine("cuda", "NVIDIA H200", (9, 0), memory_gib=139.0))
+    monkeypatch.setattr(fa3, "probe", lambda backend, fp8: (backend, ""))
+    call = ("--ckpt", "black-forest-labs/FLUX.1-dev", "--random_weights", "--device", "cuda")
+    mode = ("--compile_export_mode", "compile", "--compile_scope", "blocks")
+
+    def paying(words):
+        seconds = 0.9 ** len(words) * (0.5 if {*PAIR} <= {*words} else 1)
+        return fake([]) | {"total_s": report_pieces.spread(seconds, seed=len(words))}
+
+    code, rows, ran = select(*call, *mode, row=paying)
+    said = capsys.readouterr().out
+    exchanged = "--deferred_scales --fusion_limits instead of --fused_kernels"
+    assert code == 0 and exchanged in {row["row"].removeprefix("+ ") for row in rows}
+    assert "left    + --deferred_scales instead of --fused_kernels" in said
+    assert "left    + --triton_float8 instead of --persistent_tma" in said
+    (skipped,) = (line for line in said.splitlines() if line.startswith("skipped"))
+    assert "which encodes no image, expected a Kontext checkpoint" in skipped
+    left = {word for words in selection.CANDIDATES for word in words} | {*call, *mode}
+    left -= {"--fused_kernels", "--triton_float8", "--compile_image_encoder", "phases"}
+    assert {*shlex.split(ran[-1])} == left
 
 
 @pytest.mark.slow

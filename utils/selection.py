@@ -2,9 +2,11 @@
 
 The run as it was typed is the base. Each candidate joins it in turn, between two runs of the base;
 what is faster than these beyond the spread, by the rule of --compare, and errs no more, stays on
-for the candidates after it. At the end what was typed and what was kept take turns once more.
-Greedy, so a candidate that pays only beside a later one is missed. Lossy steps are no candidates:
-whether their pictures are good enough is for people to say.
+for the candidates after it. One that is refused beside what was kept is tried instead of that. At
+the end what was typed and what was kept take turns once more.
+
+Greedy: of steps that pay only together it finds the pairs that are listed. Lossy steps are no
+candidates: whether their pictures are good enough is for people to say.
 """
 
 import shlex
@@ -32,11 +34,12 @@ CANDIDATES = {  # flags -> the step that they are about, in the order of STEPS
     ("--persistent_tma",): "persistent_tma",
     ("--triton_float8",): "triton_float8",
     ("--fusion_limits",): "fusion_limits",
+    ("--deferred_scales", "--fusion_limits"): "fusion_limits",
     ("--compile_text_encoders",): "text_encoders",
     ("--compile_image_encoder",): "image_encoder",
     ("--modulation_once", "--loop_graph"): "loop_graph",
 }
-AS_TYPED = "as typed"
+AS_TYPED, REFUSED = "as typed", "refused: "
 ERRORS = tuple(bound for bound in BOUNDS if bound[1] == "factor")  # dB move by rounding alone
 
 
@@ -66,6 +69,7 @@ class Selection:
     def __init__(self, rows: list[Row], common: list[str], log: Log):
         self.rows, self.common, self.log = rows, common, log
         self.start = self.base = Row(AS_TYPED, ())
+        self.kept: list[tuple[str, ...]] = []  # flags of the candidates that are part of the base
         self.places = [row.name for row in (self.start, *candidates())]
         self.turns: Counter = Counter()  # how often each row was measured
         self.beside: dict[str, dict] = {}  # row -> the base that it was tried on, as labels
@@ -73,8 +77,9 @@ class Selection:
 
     def measure(self, row: Row) -> dict:
         """Measure a row once more. Raises: UserError if it is the base, and failed"""
-        turn, labels = self.turns[row.name], {"position": self.places.index(row.name)}
+        turn, own = self.turns[row.name], row.name.partition(" instead of ")[0]
         self.turns[row.name] += 1
+        labels = {"position": self.places.index(own)}
         labels |= self.beside.get(row.name, {})
         found = self.log.measure(row, self.common, turn, **labels)
         if row is self.base and found.get("failed"):
@@ -85,8 +90,8 @@ class Selection:
         """Try each candidate on top of what was kept before it."""
         last = None
         for candidate in self.rows:
-            tried = Row(candidate.name, joined(self.base.flags, candidate.flags), candidate.step)
-            if why := self.idle(tried):
+            tried, kept, why = self.joining(candidate)
+            if why:
                 self.note(candidate, "skipped", why)
                 continue
             self.beside[tried.name] = {"base": self.base.name}
@@ -96,16 +101,33 @@ class Selection:
                 without.append(self.measure(self.base))
             last = without[-1]
             pays, why = judged(without, with_it, ALPHA / len(self.rows))
-            self.note(candidate, "kept" if pays else "left", why)
+            self.note(tried, "kept" if pays else "left", why)
             if pays:
-                self.base, last = tried, None
+                self.base, self.kept, last = tried, kept, None
+
+    def joining(self, candidate: Row) -> tuple[Row, list[tuple[str, ...]], str]:
+        """Put a candidate beside what was kept, or instead of the part that excludes it.
+
+        Returns: the row to measure, what it is made of, and why it is not to be measured, if so
+        """
+        kept = [*self.kept, candidate.flags]
+        row = Row(candidate.name, joined(*kept), candidate.step)
+        why = self.idle(row)
+        if why.startswith(REFUSED):
+            for gone in self.kept:
+                others = [words for words in kept if words is not gone]
+                name = f"{candidate.name} instead of {' '.join(gone)}"
+                instead = Row(name, joined(*others), candidate.step)
+                if not self.idle(instead):
+                    return instead, others, ""
+        return row, kept, why
 
     def idle(self, row: Row) -> str:
         """Say why a candidate changes nothing here, or is refused; "" if it is to be measured."""
         try:
             plan = prepared([*self.common, *row.flags]).plan
         except UserError as error:
-            return f"refused: {str(error).splitlines()[0]}"
+            return f"{REFUSED}{str(error).splitlines()[0]}"
         if not plan[row.step].is_on:
             return f"{plan[row.step].state}: {plan[row.step].reason}"
         same = plan == prepared([*self.common, *self.base.flags]).plan
@@ -159,9 +181,12 @@ def judged(without: list[dict], with_it: list[dict], alpha: float) -> tuple[bool
     return change.verdict == "faster" and not worse, f"{times}{within}{worse}"
 
 
-def joined(kept: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
-    """Put a candidate's flags behind those kept, each flag once, with its last value."""
-    return tuple(_words(_typed(kept) | _typed(more)))
+def joined(*candidates: tuple[str, ...]) -> tuple[str, ...]:
+    """Put the flags of candidates behind one another, each flag once, with its last value."""
+    found: dict[str, str] = {}
+    for words in candidates:
+        found |= _typed(words)
+    return tuple(_words(found))
 
 
 def _typed(words) -> dict[str, str]:
