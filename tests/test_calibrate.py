@@ -160,6 +160,8 @@ def edited(path, folder, **fields):
             (),
             "a weight beyond 1000, or not finite",
         ),
+        ({"guidance": "2"}, (), "latents_error, pixels or guidance is no number"),
+        ({"identity": None}, (), "checkpoint or identity is no text"),
         ({"surprise": 1}, (), "damaged"),
     ],
 )

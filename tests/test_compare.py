@@ -247,7 +247,7 @@ def test_files_without_a_common_row_are_bad_input(tmp_path):
     assert said.count("\n") == 0 and f"{a} has eager ({call}, 256 text tokens); " in said
     assert f"{b} has other ({call}, 256 text tokens), + fa3 ({call}" in said
     assert said.count("+ fa3") == 1
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match=r"--compare .*none\.jsonl: No such file"):
         compare_files.main(a, tmp_path / "none.jsonl")
 
 
@@ -285,5 +285,5 @@ def test_a_file_without_rows_is_one_line(tmp_path, content, expected):
     file.write_text(content)
     with pytest.raises(UserError) as refusal:
         compare_files.main(write(tmp_path / "a.jsonl", [row()]), file)
-    assert str(refusal.value).startswith(f"{file}: {expected}")
+    assert str(refusal.value).startswith(f"--compare {file}: {expected}")
     assert str(refusal.value).count("\n") == 0

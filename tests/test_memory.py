@@ -205,7 +205,9 @@ def test_too_little_is_one_line_before_anything_is_loaded(flux):
         flux("--memory", "1GiB")
     (line,) = str(error.value).splitlines()
     assert line.startswith("--memory 1GiB: the least that this call needs is")
-    assert "--gguf_file" in line and "--memory sequential" in line
+    assert "--gguf_file" in line and "--memory sequential" in line and "images" not in line
+    with pytest.raises(UserError, match="use fewer images at once, a smaller --height and"):
+        flux("--memory", "40GiB", "--num_images_per_prompt", "1000000")
 
 
 def test_a_cpu_has_nowhere_to_send_weights():

@@ -11,10 +11,10 @@ from utils.report_series import call_text
 
 def _rows(file: str) -> list[dict]:
     """Read the rows of a file. Raises: UserError if there are none."""
-    if rows := report_rows.read(file):
+    if rows := report_rows.read(file, "--compare"):
         return rows
     empty = not Path(file).read_bytes().strip()
-    raise UserError(f"{file}: {'is empty' if empty else 'no row that could be read'}")
+    raise UserError(f"--compare {file}: {'is empty' if empty else 'no row that could be read'}")
 
 
 def _names(rows: list[dict]) -> str:

@@ -68,6 +68,11 @@ def load(path: str) -> MaskFile:
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"damaged ({error})") from None
+    numbers = (read.latents_error, read.pixels, 0.0 if read.guidance is None else read.guidance)
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        raise ValueError("damaged (latents_error, pixels or guidance is no number)")
+    if not isinstance(read.checkpoint, str) or not isinstance(read.identity, str):
+        raise ValueError("damaged (checkpoint or identity is no text)")
     if not whole or not isinstance(read.mask, str) or set(read.mask) - {"0", "1"}:
         raise ValueError("damaged (its weights are not those of its mask)")
     if not all(abs(one) <= MOST for w in weights.values() for one in w):

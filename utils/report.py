@@ -109,7 +109,7 @@ def load(files: list[Path]) -> dict[str, list[dict]]:
     for file in files:
         if file.name in results:
             raise UserError(f"--results: two files are named {file.name}; plots go by that name")
-        results[file.name] = read(file)
+        results[file.name] = read(file, "--results")
         if not results[file.name]:
             raise UserError(f"--results {file}: no row that could be read")
     if not results:

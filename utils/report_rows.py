@@ -111,18 +111,19 @@ def _misfit(value: object, shape: object, where: str) -> str:
     return "" if fits else f"{where}: found {str(value)[:40]!r}, expected {_NAMES[shape]}"
 
 
-def read(file: str | Path) -> list[dict]:
-    """Read every row of a file; a damaged line is named on stderr and skipped.
+def read(file: str | Path, flag: str = "") -> list[dict]:
+    """Read every row of the file that a flag names; a damaged line is named and skipped.
 
     Raises: UserError if the file cannot be read, or none of its lines begins an object.
     """
     try:
         lines = Path(file).read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
+        raise UserError(f"{flag} {file}: {error.strerror}".strip()) from None
     begun = [line.lstrip().startswith(b"{") for line in lines if line.strip()]
     if begun and not any(begun):
-        raise UserError(f"{file}: no JSON lines (expected what --results writes)")
+        expected = "no JSON lines (expected what --results writes)"
+        raise UserError(f"{flag} {file}: {expected}".strip())
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.gguf_file import read_header
 from utils.memory import free_bytes, parse_size
 from utils.memory_tiers import OFFLOADED, ON_A_CPU, TIERS, TILED, TILES, estimate
+from utils.prompts import count_images
 from utils.steps import Verdict, gguf, off, on, quant, refused, text_quant
 
 NAME = "memory"
@@ -76,8 +77,8 @@ def settle(args) -> None:
             least = f"{found[args.tier].gib:.1f} GiB (tier {args.tier})"
             args.memory_problem = (
                 f"--memory {args.memory}: the least that this call needs is {least}, found "
-                f"{free / 2**30:.1f} GiB; use a smaller --height and --width{smaller}, or --memory "
-                f"{args.tier} to try it all the same"
+                f"{free / 2**30:.1f} GiB; use {_less(args)}{smaller}, or --memory {args.tier} to "
+                "try it all the same"
             )
     args.memory_estimate = found[args.tier]
     # Unquantised weights are on the device at once while it is quantised there
@@ -85,6 +86,12 @@ def settle(args) -> None:
     named = args.memory == "full" or getattr(args, "peer", None)
     resident = args.tier == "full" and (named or loading <= free)
     args.load_device = args.device if resident else "cpu"
+
+
+def _less(args) -> str:
+    """Name what makes a call smaller: images first, where there are several."""
+    size = "a smaller --height and --width"
+    return f"fewer images at once, {size}" if count_images(args) > 1 else size
 
 
 def check(args) -> Verdict:
@@ -207,5 +214,5 @@ def _next(args) -> str:
     tiers = ON_A_CPU if args.machine.device == "cpu" else TIERS
     lower = tiers[tiers.index(args.tier) + 1 :] if args.tier in tiers else ()
     if not lower:
-        return "no tier needs less: use a smaller --height and --width, or a --gguf_file"
+        return f"no tier needs less: use {_less(args)}, or a --gguf_file"
     return f"next: {card.command()} --memory {lower[0]}"  # the last --memory is the one that counts
