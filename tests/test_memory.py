@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from utils.hardware import Machine
 from utils.memory import parse_size
 from utils.memory_tiers import GIB, TIERS, estimate
 from utils.pipeline_utils import generate
+from utils.prompts import quality_prompts
 from utils.random_weights import TRANSFORMER, VAE
 from utils.reference import check_room
 from utils.steps.memory import _tier_or_size, out_of_memory_explained
@@ -273,6 +275,18 @@ def test_tiles_are_nearly_the_same_picture(full):
     found = quality.run(pipeline, args)
     assert torch.equal(found.latents, whole.latents)
     assert quality.compare(found, whole)["psnr_db_worst"] > 32  # each tile has its own GroupNorm
+
+
+def test_docs_memory_has_what_tiles_cost_other_pictures():
+    results = []
+    for tier in ("full", "tiled"):
+        pipeline, args = optimized("--memory", tier)
+        results.append(quality.run(pipeline, args, quality_prompts(args)))
+    scores = quality.compare(results[1], results[0])
+    page = " ".join((ROOT / "docs" / "memory.md").read_text().split())
+    told = re.search(r"eight keep ([\d.]+) dB on average, ([\d.]+) in the worst", page)
+    found = scores["psnr_db_mean"], scores["psnr_db_worst"]
+    assert found == pytest.approx([float(number) for number in told.groups()], abs=0.3)
 
 
 def test_other_errors_pass_and_a_failed_allocation_is_one_line():

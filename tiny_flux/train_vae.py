@@ -22,7 +22,7 @@ from .parallel import Average, Optimiser, launch, learning_rate_factor
 from .scenes import render, sample_jitter, sample_scene
 
 LATENT_NOISE = 0.1  # what the posterior's deviation is taught to be
-NOISE = {False: 0.3, True: 0.2}  # largest noise on latents (deviation 0.6) while training
+NOISE = {False: 0.3, True: 0.2}  # largest noise on latents (deviation 0.54) while training
 BATCH = 8
 
 

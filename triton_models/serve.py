@@ -34,8 +34,8 @@ DAY_S = 86400.0  # a request is over within minutes: whoever asks for more means
 KEY_NAME = "admin-key"  # over gRPC: triton-grpc-protocol-admin-key
 # what changes the server or names files and memory: never a client's
 RESTRICTED = "model-repository,shared-memory,trace,logging"
-# glibc gives a thread's memory back after every layer and faults it in again, 2,000 to 4,700 times:
-# 5 ms of a denoising step of 55 ms on a CPU (results/serving.md); these settings keep it
+# glibc gives a thread's memory back after every layer and faults it in again, 3,700 to 4,700 times:
+# 5 ms of a denoising step of 53 ms on a CPU (results/serving.md); these settings keep it
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),

@@ -1,8 +1,8 @@
 """Usual failures: how a log shows them, why they happen, and the commands that cure them.
 
-`...` in a command stands for the flags of the run that failed. tests/test_doctor_advice.py provokes
-every failure of this table in a process of its own, has it explained from its output, and where
-this machine can, runs the command and sees the failure gone.
+`...` in a command stands for the flags of the run that failed. tests/test_doctor_advice.py and
+test_doctor_advice_files.py provoke every failure of this table in a process of its own, have it
+explained from its output, and where this machine can, run the command and see the failure gone.
 """
 
 import re

@@ -60,7 +60,7 @@ class FlashFusedFluxAttnProcessor3_0:
         self.backend = backend
         self.fp8 = fp8
         self.rotate = rotate
-        if rotate:  # in plain torch it would move 2.3 times the bytes of all the rest of this
+        if rotate:  # in plain torch it would move 7 times the bytes (docs/performance.md)
             from utils.kernels.fused_blocks import attend
 
             self._attend = attend

@@ -54,7 +54,7 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--compile_scope",
         choices=("full", "blocks"),
-        help="whole transformer, or its repeated blocks only, which compiles many times faster "
+        help="whole transformer, or its repeated blocks only: at full size several times quicker "
         "(default: full; blocks with a step cache)",
     )
 

@@ -3,7 +3,7 @@
 Unmeasured, so off unless asked for. What Inductor would write instead can be generated without a
 GPU (`python -m tests.fused_kernel_codegen`; Dev, 1024x1024): from Q, K and V to the float8 inputs
 of the attention 16 kernels and 670 MB in a double block, 10 and 470 MB in a single one, since the
-scale of a head spans all tokens; here 4 and 160 MB. That is 22 GB or 4.6 ms a step at 4.8 TB/s. In
+scale of a head spans all tokens; here 4 and 160 MB: 21.5 GB or 4.5 ms less a step at 4.8 TB/s. In
 bf16 it is 350 against 180 MB, in double blocks only. A norm with its modulation and cast is one
 kernel either way (113 and 88 MB), and so is [attention, gelu(MLP)] with its cast (212 MB).
 

@@ -3,10 +3,10 @@
 First of all, since every later step reads the final weights. diffusers' own loader reads Q8_0,
 Q6_K, Q5, Q4, Q3 and Q2 (without ggml's integer products: a weight becomes bf16 before its product).
 
-`compressed` keeps the file's bytes in memory and decodes them in every forward: a third to a half
-of bf16's memory, and slower, since decoding is work. QKV fusion of the transformer and float8 are
-off with it, because its weights are bytes, not matrices. `dequantize` decodes once while loading:
-bf16's memory and speed, every later step included, with the file's precision.
+`compressed` keeps the file's bytes in memory and decodes them in every forward: a fifth (Q3_K) to a
+half (Q8_0) of bf16's memory, and slower, since decoding is work. QKV fusion of the transformer and
+float8 are off with it, because its weights are bytes, not matrices. `dequantize` decodes once while
+loading: bf16's memory and speed, every later step included, with the file's precision.
 
 How many steps a type deserves is the user's choice (docs/memory.md); nothing changes it here.
 """

@@ -1,10 +1,10 @@
 """LoRAs added to the transformer's weights, before anything reads them.
 
-First of all steps: the matrices that QKV fusion joins, float8 casts and the compiler freezes are
-those of the LoRA then, and nothing of it is left to compute. The sum is rounded to the model's
-dtype once for each LoRA. What decides it, digests and weights, is part of this step's settings and
-so of every package's identity. The baseline of quality is the same LoRAs in plain diffusers, not
-fused.
+After `gguf` alone, which brings the weights: the matrices that QKV fusion joins, float8 casts and
+the compiler freezes are those of the LoRA then, and nothing of it is left to compute. The sum is
+rounded to the model's dtype once for each LoRA. What decides it, digests and weights, is part of
+this step's settings and so of every package's identity. The baseline of quality is the same LoRAs
+in plain diffusers, not fused.
 
 With --swap_loras they stay beside the weights, as tensors that are overwritten in place, so that
 compiled code and CUDA graphs go on as they are with the next one. QKV fusion and float8 would not

@@ -10,9 +10,9 @@ group       the transformer's blocks pass through the device in every step, the 
             last one computes (streams, CUDA only)
 sequential  the same layer by layer: the least memory, the most transfers
 
-The hooks are diffusers' group offloading. They change where weights are, never a number: all tiers
-but the tiled ones give the same bits, and tiles only if a picture is larger than one. Weights are
-then loaded, fused and quantised on the host, so loading never needs more than the run.
+The hooks are diffusers' group offloading. They change where weights are, never a number. Tiles do,
+if a picture is larger than one of them; all else gives the same bits in every tier. Weights are
+loaded, fused and quantised on the host then, so loading never needs more than the run.
 """
 
 import argparse
