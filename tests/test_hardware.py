@@ -8,6 +8,7 @@ import report_pieces
 import torch
 from conftest import make_args
 
+from extras.doctor import checks
 from utils import card, readme
 from utils.errors import UserError
 from utils.hardware import Machine, detect
@@ -119,6 +120,30 @@ def test_the_readme_lists_machines_that_detection_finds(found):
     for name, machine in readme.MACHINES.items():
         if machine.device == "cuda":
             assert by_choice[machine.capability] == {readme.choices(machine)}, name
+
+
+@pytest.mark.parametrize(
+    ("machine", "emulates"),
+    [
+        (Machine("cuda", "Tesla T4", (7, 5)), True),
+        (Machine("cuda", "NVIDIA A100-SXM4-80GB", (8, 0)), False),
+        (Machine("cuda", "AMD Instinct MI300X", (9, 4), hip="7.0"), False),
+        (Machine("cpu", "without"), True),
+        (Machine("cpu", "with"), False),
+    ],
+)
+def test_a_machine_without_bf16_says_so(monkeypatch, machine, emulates):
+    """A GPU by its capability, a CPU by what oneDNN finds; not where fp32 was asked for."""
+    has_bf16 = machine.name != "without"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert machine.emulates_bf16 == emulates
+    args = make_args("--device", "cpu")
+    args.machine, note = machine, "no bf16 in this hardware"
+    assert (note in card.render(args)) == emulates
+    args.disable_bf16 = True
+    assert note not in card.render(args)
+    findings = [one.text for one in checks.hardware(machine, None)]
+    assert any("--disable_bf16" in text for text in findings) == emulates
 
 
 def test_a_row_knows_its_threads_its_time_and_how_busy_the_machine_was(monkeypatch):

@@ -195,6 +195,8 @@ def render(args) -> str:
     # What is free is no setting of the step: two runs differ in it, not their pictures
     chosen = f", chosen for {args.memory_why}" if args.memory_why else ""
     lines.append(f"memory      tier {args.tier}{chosen}; estimate {args.memory_estimate}")
+    if args.machine.emulates_bf16 and not args.disable_bf16:
+        lines.append("note        no bf16 in this hardware: emulated, --disable_bf16 may be faster")
     if args.random_weights:
         lines.append("note        random weights: the picture means nothing")
     for name, verdict in args.plan.items():

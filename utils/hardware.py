@@ -28,6 +28,16 @@ class Machine:
         """Whether FlashAttention-3's kernels exist for this device (sm90, not AMD's 9.x)."""
         return self.is_cuda and self.capability is not None and self.capability[0] == 9
 
+    @property
+    def emulates_bf16(self) -> bool:
+        """Whether bf16 is computed in other numbers: slower than fp32, by far on such a CPU."""
+        if self.device == "cpu":
+            import torch
+
+            known = torch.backends.mkldnn.is_available()
+            return known and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return self.is_cuda and (self.capability or (8, 0)) < (8, 0)
+
     def lacks(self, capability: tuple[int, int]) -> str:
         """Say that this is no NVIDIA GPU of such a capability or a newer one; "" if it is."""
         if self.is_cuda and (self.capability or (0, 0)) >= capability:

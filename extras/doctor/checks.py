@@ -39,6 +39,9 @@ def hardware(machine: Machine, driver: str | None) -> list[Finding]:
 
     about = f"{machine.name} ({machine.short()}), {machine.memory_gib:.0f} GiB"
     found = [Finding("hardware", "ok", f"{about}, {os.cpu_count()} CPU threads")]
+    if machine.emulates_bf16:
+        text = "no bf16 in hardware: it is emulated, fp32 may be faster (flag --disable_bf16)"
+        found.append(Finding("hardware", "note", text))
     if driver:
         found.append(
             Finding("driver", "ok", f"NVIDIA {driver}, torch for CUDA {torch.version.cuda}")
