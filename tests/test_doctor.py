@@ -158,6 +158,7 @@ def test_a_gpu_is_missing_only_where_torch_sees_none(monkeypatch):
     import torch
 
     cpu = Machine("cpu", "a processor")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     for sees, states in ((False, ["ok", "problem"]), (True, ["ok"])):  # --device cpu beside a GPU
         monkeypatch.setattr(torch.cuda, "is_available", lambda sees=sees: sees)
