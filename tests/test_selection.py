@@ -10,7 +10,7 @@ from conftest import make_args
 from test_series import SHORT, arguments
 
 from extras.doctor import availability
-from utils import card, report_series, report_table, selection, series, series_rows
+from utils import card, report_plot, report_series, report_table, selection, series, series_rows
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.pipeline_utils import STEPS
@@ -115,6 +115,8 @@ def test_its_table_compares_each_row_with_its_neighbours(select):
     (found,) = report_series.series_of([row | {"position": 0} for row in rows])
     cells = {row[0]: row[2] for row in report_table.table(found).rows}
     assert cells["+ --fused_mlp"].startswith("0.8") and cells["as typed"] == "-"
+    notes = [bar.note.rpartition("s")[2].strip() for bar in report_plot.bars(found)]
+    assert notes == ["", cells["+ --fused_mlp"][:5], cells["+ --modulation_once"][:5]]
     # between 1.0 and 2.0: neither is the truth, and the spread says so
     assert cells["+ --modulation_once"].endswith("as typed (within the spread)")
 
@@ -172,9 +174,11 @@ def test_what_changes_nothing_here_is_skipped_with_its_reason(select, capsys):
     said = capsys.readouterr().out
     assert "skipped + --modulation_once: changes nothing of this run" in said
     assert "skipped + --conv_benchmark: unavailable: needs an NVIDIA GPU, found a CPU" in said
-    assert (
-        "skipped + --fusion_limits: refused: --fusion_limits: found --compile_export_mode" in said
-    )
+    refused = "refused: --fusion_limits: found --compile_export_mode disabled, expected"
+    assert f"skipped + --fusion_limits: {refused}" in said
+    select("--compile_export_mode", "compile", "--rows", "deferred_scales --fusion_limits")
+    said = capsys.readouterr().out
+    assert f"skipped + {' '.join(PAIR)}: unavailable: needs an NVIDIA GPU" in said
 
 
 def test_another_set_of_typed_steps_is_another_table(select):
@@ -190,8 +194,8 @@ def test_every_lossless_step_that_is_off_by_default_is_a_candidate():
     asked_for -= set(availability.OTHERS)
     assert asked_for - set(selection.CANDIDATES.values()) == {"gguf", "lora"}  # other weights
     order = [step.NAME for step in STEPS]
-    places = [order.index(step) for step in selection.CANDIDATES.values()]
-    assert places == sorted(places)
+    alone = [step for words, step in selection.CANDIDATES.items() if words != PAIR]
+    assert [*map(order.index, alone)] == sorted(map(order.index, alone))
     for words in selection.CANDIDATES:
         assert selection.joined(words) == words
     kept = ("--subpixel_upsampling", "transposed", "--modulation_once")

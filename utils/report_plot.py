@@ -12,7 +12,7 @@ from html import escape
 
 from utils.report_rows import get, name
 from utils.report_series import Series
-from utils.report_table import ratio, spread, title
+from utils.report_table import gain, ratio, spread, title
 
 WIDTH, SIDE, ROW, BAR = 960, 16, 30, 18  # pixels
 COLOURS = {
@@ -50,9 +50,9 @@ def bars(series: Series) -> list[Bar]:
         if row.get("failed"):
             found.append(Bar(name(row), None, 0, 0, None, False, f"failed: {row['failed']}"))
             continue
-        times, faster = row["total_s"], ratio(row, series.base)
-        note = spread(times, with_n=False) + " s"
-        if faster is not None and series.kind == "ladder":
+        times, note = row["total_s"], spread(row["total_s"], with_n=False) + " s"
+        faster = ratio(row, series.base) if series.kind == "ladder" else gain(row)
+        if faster is not None:
             note += f"  {faster:.2f}x"
         low, median, high = times["min"], times["median"], times["max"]
         floor = get(row, "roofline", "call", "floor_s")

@@ -13,7 +13,8 @@ from utils.report_series import Series
 MISSING = "-"
 LEGEND = (
     "Seconds are the median of one call (min-max, number of timed runs), the speed-up is over the "
-    "row eager of the same commit, ours is ahead by a peer's time over ours. PSNR and SSIM are "
+    "row eager of the same commit, ours is ahead by a peer's time over ours; in a selection a row "
+    "is compared with the runs, before and after it, of the row it was tried on. PSNR and SSIM are "
     "those of the worst picture against bf16 eager with the same seed; in brackets, how far that "
     "PSNR stands above the PSNR of another seed. The latents' error is relative (L2), where it was "
     "measured from fp32, in brackets over bf16 eager's own; lossless allows 1.25. A CLIP score "
@@ -90,13 +91,17 @@ def _worth(row: dict, base: dict | None) -> str:
     return f"{without - with_it:+.{decimals}f} s, {without / with_it:.2f}x{_doubt(base, row)}"
 
 
-def _gain(row: dict) -> str:
-    """Say how much faster a row is than the one that it was tried on, before and after it."""
+def gain(row: dict) -> float | None:
+    """Give how many times faster a row is than the one it was tried on, before and after it."""
     if row.get("failed") or not row.get("without_s"):
+        return None
+    return row["without_s"]["median"] / row["total_s"]["median"]
+
+
+def _gain(row: dict) -> str:
+    if (times := gain(row)) is None:
         return MISSING
-    base = {"total_s": row["without_s"]}
-    times = base["total_s"]["median"] / row["total_s"]["median"]
-    return f"{times:.2f}x {row['base']}{_doubt(base, row)}"
+    return f"{times:.2f}x {row['base']}{_doubt({'total_s': row['without_s']}, row)}"
 
 
 def _doubt(a: dict, b: dict) -> str:

@@ -20,7 +20,7 @@ from utils.pipeline_utils import STEPS
 from utils.report_rows import flags, samples
 from utils.series_rows import Log, Row, command_of, prepared
 
-CANDIDATES = {  # flags -> the step that they are about, in the order of STEPS
+CANDIDATES = {  # flags -> the step that they are about; in the order of STEPS, pairs behind both
     ("--fused_mlp",): "fused_mlp",
     ("--fa3_rotation",): "fa3",
     ("--fused_kernels",): "fused_kernels",
@@ -34,7 +34,7 @@ CANDIDATES = {  # flags -> the step that they are about, in the order of STEPS
     ("--persistent_tma",): "persistent_tma",
     ("--triton_float8",): "triton_float8",
     ("--fusion_limits",): "fusion_limits",
-    ("--deferred_scales", "--fusion_limits"): "fusion_limits",
+    ("--deferred_scales", "--fusion_limits"): "deferred_scales",
     ("--compile_text_encoders",): "text_encoders",
     ("--compile_image_encoder",): "image_encoder",
     ("--modulation_once", "--loop_graph"): "loop_graph",
