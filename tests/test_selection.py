@@ -116,7 +116,8 @@ def test_its_table_compares_each_row_with_its_neighbours(select):
     cells = {row[0]: row[2] for row in report_table.table(found).rows}
     assert cells["+ --fused_mlp"].startswith("0.8") and cells["as typed"] == "-"
     notes = [bar.note.rpartition("s")[2].strip() for bar in report_plot.bars(found)]
-    assert notes == ["", cells["+ --fused_mlp"][:5], cells["+ --modulation_once"][:5]]
+    tried = [cells["+ --fused_mlp"], cells["+ --modulation_once"]]
+    assert notes == ["", *(f"{float(cell.partition('x')[0]):.2f}x" for cell in tried)]
     # between 1.0 and 2.0: neither is the truth, and the spread says so
     assert cells["+ --modulation_once"].endswith("as typed (within the spread)")
 
@@ -137,6 +138,20 @@ def test_a_gain_that_goes_away_is_not_called_one(select, capsys):
     said = capsys.readouterr().out
     assert "kept    + --modulation_once" in said
     assert "which is within the spread; what was kept is not confirmed" in said
+
+
+def test_a_percent_beyond_the_spread_counts_between_two_runs_of_the_base(select, capsys):
+    """Where --compare would call it unchanged: many steps bring one or two percent."""
+    quiet = {"--fused_mlp": 1.0, "--modulation_once": 0.99}
+
+    def row(words):
+        seconds = next((quiet[word] for word in words if word in quiet), 1.0)
+        timed = report_pieces.spread(seconds, relative=0.001, seed=len(words))
+        return fake([]) | {"total_s": timed}
+
+    select("--rows", "fused_mlp,modulation_once", row=row)
+    said = capsys.readouterr().out
+    assert "left    + --fused_mlp" in said and "kept    + --modulation_once: 1.01" in said
 
 
 def test_few_runs_cannot_tell_and_keep_nothing(select, capsys):

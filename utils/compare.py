@@ -26,6 +26,9 @@ from utils.report_series import call_text, completed, newest
 
 ALPHA = 0.05  # chance of one or more false alarms in a comparison, all rows together
 MIN_EFFECT = 0.03  # relative; a smaller change is no finding, however significant
+MIN_BETWEEN = (
+    0.005  # the same where one side ran before and after the other: drift is in its spread
+)
 EXACT_UP_TO = 100  # runs of both rows together; beyond, the normal approximation is as good
 
 BOUNDS = (  # what is worse, and by how much it may be so
@@ -95,17 +98,20 @@ def spread(samples: list[float]) -> float:
     return max((high - low) / 2, max(medians) - min(medians)) / median
 
 
-def judge(a: list[float], b: list[float], alpha: float = ALPHA) -> Change:
+def judge(
+    a: list[float], b: list[float], alpha: float = ALPHA, least: float = MIN_EFFECT
+) -> Change:
     """Say whether b is faster or slower than a: significant at alpha, and a change of some size.
 
-    The shift is the median of all ratios b / a, less 1 (Hodges and Lehmann's estimate).
+    Of `least`, and of more than either's own spread. The shift is the median of all ratios b / a,
+    less 1 (Hodges and Lehmann's estimate).
     """
     if min(len(a), len(b)) < 2 or 2 / math.comb(len(a) + len(b), len(a)) > alpha:
         needed = next(n for n in range(2, 1000) if 2 / math.comb(2 * n, n) <= alpha)
         return Change("cannot tell", None, None, needed)
     shift = statistics.median(y / x for x in a for y in b) - 1
     p = p_value(a, b)
-    if p > alpha or abs(shift) < max(MIN_EFFECT, spread(a), spread(b)):
+    if p > alpha or abs(shift) < max(least, spread(a), spread(b)):
         return Change("unchanged", shift, p)
     return Change("slower" if shift > 0 else "faster", shift, p)
 

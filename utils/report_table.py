@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from utils.card import named
-from utils.compare import is_identical, judge
+from utils.compare import MIN_BETWEEN, MIN_EFFECT, is_identical, judge
 from utils.report_rows import SESSION, distinct, get, is_same_session, name, samples
 from utils.report_series import Series
 
@@ -101,11 +101,11 @@ def gain(row: dict) -> float | None:
 def _gain(row: dict) -> str:
     if (times := gain(row)) is None:
         return MISSING
-    return f"{times:.2f}x {row['base']}{_doubt({'total_s': row['without_s']}, row)}"
+    return f"{times:.3f}x {row['base']}{_doubt({'total_s': row['without_s']}, row, MIN_BETWEEN)}"
 
 
-def _doubt(a: dict, b: dict) -> str:
-    verdict = judge(samples(a), samples(b)).verdict
+def _doubt(a: dict, b: dict, least: float = MIN_EFFECT) -> str:
+    verdict = judge(samples(a), samples(b), least=least).verdict
     notes = {"unchanged": " (within the spread)", "cannot tell": " (too few runs to tell)"}
     return notes.get(verdict, "")
 

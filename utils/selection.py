@@ -1,9 +1,10 @@
 """Forward selection: which steps that are off by default pay on this machine, one on the other.
 
 The run as it was typed is the base. Each candidate joins it in turn, between two runs of the base;
-what is faster than these beyond the spread, by the rule of --compare, and errs no more, stays on
-for the candidates after it. One that is refused beside what was kept is tried instead of that. At
-the end what was typed and what was kept take turns once more.
+what is faster than these beyond the spread, by the rule of --compare but from half a percent on
+(many steps bring one or two), and errs no more, stays on for the candidates after it. One that is
+refused beside what was kept is tried instead of that. At the end what was typed and what was kept
+take turns once more.
 
 Greedy: of steps that pay only together it finds the pairs that are listed. Lossy steps are no
 candidates: whether their pictures are good enough is for people to say.
@@ -14,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from utils.benchmark_utils import flags_of_step
-from utils.compare import ALPHA, BOUNDS, judge, quality_change
+from utils.compare import ALPHA, BOUNDS, MIN_BETWEEN, judge, quality_change
 from utils.errors import UserError
 from utils.pipeline_utils import STEPS
 from utils.report_rows import flags, samples
@@ -170,7 +171,7 @@ def judged(without: list[dict], with_it: list[dict], alpha: float) -> tuple[bool
     if failed := [row["failed"] for row in with_it if row.get("failed")]:
         return False, f"failed: {failed[-1]}"
     a, b = ([s for row in rows for s in samples(row)] for rows in (without, with_it))
-    change = judge(a, b, alpha)
+    change = judge(a, b, alpha, MIN_BETWEEN)
     if change.verdict == "cannot tell":
         counts = f"{len(a)} and {len(b)} runs"
         return False, f"cannot tell from {counts}: {change.needed} of each are needed"
