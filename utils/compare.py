@@ -26,9 +26,7 @@ from utils.report_series import call_text, completed, newest
 
 ALPHA = 0.05  # chance of one or more false alarms in a comparison, all rows together
 MIN_EFFECT = 0.03  # relative; a smaller change is no finding, however significant
-MIN_BETWEEN = (
-    0.005  # the same where one side ran before and after the other: drift is in its spread
-)
+MIN_BETWEEN = 0.005  # the same between two runs of the other side, whose spread holds the drift
 EXACT_UP_TO = 100  # runs of both rows together; beyond, the normal approximation is as good
 
 BOUNDS = (  # what is worse, and by how much it may be so

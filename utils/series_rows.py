@@ -61,6 +61,7 @@ class Log:
 
     def __init__(self, path: Path, labels: dict):
         self.path, self.labels = path, labels
+        self.before = finished(path)
         self.failed = 0  # rows
         self.about: dict = {}  # what the rows so far say of call and machine
 
@@ -72,7 +73,7 @@ class Log:
         words = [*common, *row.flags]
         command = command_of(words)
         labels = {"row": row.name, "round": turn} | labels | self.labels
-        if before := finished(self.path, turn).get(command):
+        if before := self.before.get((command, turn)):
             named = {"with": None} | labels
             if not any(all(one.get(k) == v for k, v in named.items()) for one in before):
                 append(self.path, [before[-1] | named])  # measured for another series
@@ -96,8 +97,8 @@ class Log:
         return found
 
 
-def finished(path: Path, turn: int) -> dict[str, list[dict]]:
-    """Give the rows that this very code has measured already, by their commands.
+def finished(path: Path) -> dict[tuple[str, int], list[dict]]:
+    """Give the rows that this very code has measured already, by their commands and rounds.
 
     By as many threads: on a CPU others are another session, to which no ratio would be given. And
     with the same variables of the environment, which a command does not tell.
@@ -108,9 +109,9 @@ def finished(path: Path, turn: int) -> dict[str, list[dict]]:
     if now.endswith("-dirty") or not path.exists():
         return {}
     for row in read(path):
-        same = get(row, "environment", "commit") == now and (row.get("round") or 0) == turn
+        same = get(row, "environment", "commit") == now
         threads = get(row, "environment", "threads") in (None, torch.get_num_threads())
         alike = threads and variables(row) == card.variables()
         if same and alike and not row.get("failed"):
-            found.setdefault(row["command"], []).append(row)
+            found.setdefault((row["command"], row.get("round") or 0), []).append(row)
     return found
