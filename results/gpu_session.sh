@@ -237,6 +237,15 @@ for part in "$@"; do
       products $SCHNELL ;;
     float8-products-dev)
       products $DEV --num_runs 5 ;;
+    static-scales) # GELU and its cast inside of the product: with and without, taking turns
+      timeout -k 5 90 python3 -m utils.calibrate_scales $DEV --random_weights --prompt one \
+        --num_inference_steps 1 --scales_file "$MORE/scales.json" 2>&1 | tee -a "$OUT/log.txt" | tail -n 2
+      for limit in 160 85; do
+        for flags in "" "--static_scales $MORE/scales.json"; do
+          row $limit "fp8-blocks-kernels ${flags:+static}" $DEV $BLOCKS --num_runs 5 \
+            --fused_kernels --triton_float8 --kernel_table $flags
+        done
+      done ;;
     startup-blocks) # a process from its start to its tenth image: packages of two blocks
       startup 350 "export_aoti blocks" ;;
     startup-compile) # the same with what torch.compile has made in the store

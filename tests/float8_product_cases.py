@@ -1,4 +1,4 @@
-"""Inputs and fp64 truth for the float8 product, and its run under Triton's interpreter.
+"""Inputs and fp64 truth for the float8 products, and their run under Triton's interpreter.
 
 TRITON_INTERPRET=1 python -m tests.float8_product_cases      prints one JSON line per case
 
@@ -9,14 +9,16 @@ import json
 
 import torch
 
-from tests.fused_kernel_cases import KINDS, exact_casts, row_error, rows
-from utils.kernels import float8_product
+from tests.fused_kernel_cases import KINDS, exact_casts, row_error, rows, true_gelu
+from utils.kernels import float8_gelu, float8_product
+from utils.kernels.flash_attention import E4M3_MAX
 from utils.kernels.modulate import quantize_rows
 
 # B, S, N, K: FLUX's products by a 48th (QKV, MLP up, both together, out), and odd ones. Between
 # them each tile is chosen; the last has FLUX's longest K
 SHAPES = [(1, 7, 192, 64), (2, 65, 256, 64), (1, 130, 448, 64), (3, 1, 64, 320), (1, 100, 384, 64)]
 LONGEST = (1, 5, 72, 15360)
+GELU_TOLERANCE = 2**-5  # one rounding to e4m3 (measured up to 0.0293)
 TOLERANCE = 2**-8  # worst row: one rounding to bf16 (measured up to 0.0021)
 PROGRAMS = 3
 
@@ -52,16 +54,75 @@ def of_case(kind: str, shape, run, device: str = "cpu") -> list[dict]:
     return found
 
 
+def gelu_case(kind: str, shape, device: str = "cpu", within: float = 1.0) -> tuple:
+    """Make float8_gelu's arguments, with attention (B, S, 72) in front, a slice of wider rows.
+
+    `within`: what part of the largest output still fits into the static scale.
+    """
+    given = case(kind, shape, device)[:5]
+    attention = rows("random", (*shape[:2], 100), 5, device)[..., :72]
+    most = true_gelu(truth(*given), attention).abs().amax().item()
+    scale = float8_gelu.static_scale(within * most / E4M3_MAX, device)
+    return *given, scale, attention
+
+
+def of_gelu(kind: str, shape, run, device: str = "cpu") -> list[dict]:
+    """Compare gelu(product) in float8 with truth and twin, alone and behind attention.
+
+    The error is that of all of it: a static scale has few steps for a row of small numbers.
+    """
+    *given, attention = gelu_case(kind, shape, device)
+    found = []
+    for behind in (None, attention):
+        out = run(*given, behind)
+        twin = float8_gelu.plain_float8_gelu(*given, behind)
+        true = true_gelu(truth(*given[:5]), behind)
+        error = (out.double() * given[5][0].double() - true).norm() / true.norm()
+        found.append(
+            {
+                "kind": kind,
+                "behind": behind is not None,
+                "error": error.item(),
+                "differs": (out.float() != twin.float()).double().mean().item(),
+            }
+        )
+    return found
+
+
+def hardware_tanh() -> None:
+    """Give the interpreter the GPU's tanh instruction, with an error as large as its own may be."""
+    from types import SimpleNamespace
+
+    from triton.runtime import interpreter
+
+    def inline(self, asm, constraints, values, types, is_pure, pack):
+        assert asm == "tanh.approx.f32 $0, $1;"
+        (x,) = (torch.from_numpy(value.data) for value in values)
+        signs = torch.arange(x.numel()).reshape(x.shape) % 2 * 2 - 1
+        y = (x.double().tanh() * (1 + signs * 2**-11)).float().numpy()
+        handle = interpreter.TensorHandle(y, values[0].dtype)
+        return SimpleNamespace(get_result=lambda index: handle)
+
+    interpreter.InterpreterBuilder.create_inline_asm = inline
+
+
 def _launch(*given) -> torch.Tensor:
     return float8_product.launch_float8_product(*given, programs=PROGRAMS)
+
+
+def _launch_gelu(*given) -> torch.Tensor:
+    return float8_gelu.launch_float8_gelu(*given, programs=PROGRAMS)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     exact_casts()
-    float8_product.wrap_triton = lambda kernel: kernel
+    hardware_tanh()
+    float8_product.wrap_triton = float8_gelu.wrap_triton = lambda kernel: kernel
     cases = [(kind, SHAPES[0]) for kind in KINDS]
     cases += [("outliers", shape) for shape in (*SHAPES[1:], LONGEST)]
     for kind, shape in cases:
         for found in of_case(kind, shape, _launch):
             print(json.dumps({"shape": shape, **found}), flush=True)
+        for found in of_gelu(kind, shape, _launch_gelu):
+            print(json.dumps({"shape": shape, "gelu": True, **found}), flush=True)

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from tests import emulation
-from tests.lossy_variants import attention, by_block, by_row, linears, rotation, static
+from tests.lossy_variants import attention, behind_gelu, by_block, by_row, linears, rotation, static
 from utils import card, results
 from utils.kernels import attention_processor
 from utils.kernels.rotation import rotate_heads
@@ -70,6 +70,7 @@ def _rounded_otherwise(largest: float):
     return {}, partial(linears, weights=rows, activations=rows)
 
 
+KERNELS = {"fa3": PLAIN, "fused_kernels": on(float8=True), "quant": LINEAR, "triton_float8": on()}
 BLOCKWISE = partial(
     linears,
     weights=partial(by_block, rows=128, columns=128),
@@ -80,6 +81,13 @@ VARIANTS = {  # the steps that are on, and what is changed then
     "Linears (row), largest number 384, not 448": _rounded_otherwise(384),
     "Linears, activations: a scale per tensor": ({}, partial(linears, activations=by_block)),
     "Linears, activations: a static scale": ({}, static),
+    "Linears, our kernels": (KERNELS, None),
+    "Linears, our kernels, static behind GELU": (KERNELS, partial(behind_gelu, headroom=1)),
+    "Linears, our kernels, static behind GELU, twice": (KERNELS, partial(behind_gelu, headroom=2)),
+    "Linears, our kernels, static behind GELU, 8 times": (
+        KERNELS,
+        partial(behind_gelu, headroom=8),
+    ),
     "Linears: scales of 1x128 and 128x128": ({}, BLOCKWISE),
     "Linears, rotated": ({}, TURNED),
     "Linears and attention, rotated": ({"fa3": ROTATED}, TURNED),

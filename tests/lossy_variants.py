@@ -6,16 +6,18 @@ multiplied in fp32, as in tests/emulation.py.
 """
 
 import copy
+import tempfile
 from contextlib import contextmanager
 from functools import partial, reduce
 from unittest import mock
 
 import torch
 
-from utils import calibrate, quality
+from utils import calibrate, calibrate_scales, quality, scales_file
 from utils.kernels import attention_processor, flash_attention, norm_rope
 from utils.kernels.flash_attention import E4M3, E4M3_MAX, TINY, dequantize_heads, quantize_heads
-from utils.steps import quant
+from utils.pipeline_utils import load_pipeline
+from utils.steps import quant, static_scales
 
 EXACT = flash_attention._sdpa  # emulation.softmax puts a rounding one in its place
 
@@ -83,6 +85,23 @@ def static(pipeline, args):
         hook.remove()
     for linear, most in largest.items():
         _replace(linear, by_row, partial(rounded, scale=most / E4M3_MAX))
+    yield
+
+
+@contextmanager
+def behind_gelu(pipeline, args, *, headroom: float):
+    """Do as step static_scales, whose file is made before, with this headroom."""
+    plain, seen = load_pipeline(args), copy.copy(args)
+    seen.seed += calibrate.SEED
+    names = static_scales.select(plain.transformer)
+    with calibrate_scales.largest_inputs(plain.transformer, names) as largest:
+        quality.run(plain, seen, calibrate.prompts_of(args))
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(scales_file.dump(scales_file.ScalesFile(largest, args.ckpt, "", {})))
+        file.flush()
+        args.static_scales = file.name
+        with mock.patch.object(static_scales, "HEADROOM", headroom):
+            static_scales.apply(pipeline, args)
     yield
 
 

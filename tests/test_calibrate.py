@@ -198,7 +198,7 @@ def test_no_file_and_no_json_are_one_line(tmp_path):
         (("--step_mask", "medium"), "the calibration sets the mask itself"),
         (("--ckpt", "tiny-schnell"), "distilled steps"),
         (("--scheduler", "unipc"), "--step_mask"),
-        (("--mask_file", "no/such/folder/mask.json"), "--mask-file no/such/folder/mask.json: the"),
+        (("--mask_file", "no/such/folder/mask.json"), "--mask_file no/such/folder/mask.json: the"),
         (("--mask_file", "mask.txt"), "--mask_file mask.txt: expected a name ending in .json"),
     ],
 )

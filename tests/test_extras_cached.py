@@ -68,6 +68,7 @@ PICTURE = {  # flags that may change the picture: each has to enter the key
     "scheduler",
     "seed",
     "sigmas",
+    "static_scales",
     "step_mask",
     "step_mask_gain",
     "step_mask_order",

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +26,11 @@ SHARED = 232448  # bytes of a block on sm_90
 
 
 def test_interpreted_against_truth_and_twin():
-    found = lines_of("tests.float8_product_cases", TRITON_INTERPRET="1")
-    assert len(found) == 3 * (len(cases.KINDS) + len(cases.SHAPES))
+    lines = lines_of("tests.float8_product_cases", TRITON_INTERPRET="1")
+    gelu, found = ([line for line in lines if ("gelu" in line) is end] for end in (True, False))
+    assert len(found) == 3 * (len(cases.KINDS) + len(cases.SHAPES)) and len(gelu) == 20
+    for line in gelu:
+        assert line["error"] < cases.GELU_TOLERANCE, line
     for line in found:
         assert line["error"] < cases.TOLERANCE, line
         assert line["differs"] < 1e-3, line  # measured 0
@@ -49,19 +53,30 @@ def test_the_tile_that_loads_least(rows, columns, height, width):
     assert choose_tile(rows, columns, 132)[:2] == (height, width)
 
 
+ENDS = {  # of a product, read with row scales or a static one
+    "plain": {},
+    "residual": {"K": 15360, "RESIDUAL": True},
+    "static residual": {"K": 15360, "RESIDUAL": True, "ROW_SCALES": False},
+    "gelu": {"N": 12288, "WIDTH": 12288, "GELU": True},
+    "gelu behind attention": {"N": 12288, "WIDTH": 15360, "FIRST": 3072, "GELU": True},
+}
+
+
 @pytest.mark.parametrize(
-    ("tile", "residual"), [(TILES[0], False), *((tile, True) for tile in TILES)], ids=str
+    ("tile", "end"), [(TILES[0], "plain"), *product(TILES, list(ENDS)[1:])], ids=str
 )
-def test_compiled_for_hopper_with_its_instructions_and_without_spills(tile, residual, tmp_path):
+def test_compiled_for_hopper_with_its_instructions_and_without_spills(tile, end, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = float8_product.float8_product_kernel
     height, width, warps, stages = tile
-    constants = {"N": 3072, "K": 15360, "BIAS": True, "RESIDUAL": residual, "GROUP": 8}
-    constants |= {"BLOCK_M": height, "BLOCK_N": width, "BLOCK_K": 128}
-    float8, fp32 = ("x_ptr", "weight_ptr"), ("x_scale_ptr", "weight_scale_ptr")
+    constants = {"N": 3072, "K": 3072, "WIDTH": 3072, "FIRST": 0, "BIAS": True, "GROUP": 8}
+    constants |= {"RESIDUAL": False, "GELU": False, "ROW_SCALES": True}
+    constants |= {"BLOCK_M": height, "BLOCK_N": width, "BLOCK_K": 128} | ENDS[end]
+    float8 = ["x_ptr", "weight_ptr"] + ["out_ptr"] * constants["GELU"]
+    fp32 = ("x_scale_ptr", "weight_scale_ptr", "out_scale_ptr")
     types, multiples = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = "*fp8e4nv" if name in float8 else "*fp32" if name in fp32 else "*bf16"
@@ -84,6 +99,10 @@ def test_compiled_for_hopper_with_its_instructions_and_without_spills(tile, resi
     assert set(re.findall(r"(\d+) bytes spill", said)) == {"0"}, said
     code = subprocess.run([tools / "cuobjdump", "-sass", "kernel.cubin"], **run).stdout
     assert "UTMALDG" in code and f"QGMMA.64x{width}x32.F32.E4M3.E4M3" in code
+    special = re.findall(r"MUFU\.(TANH|EX2)", code)  # of GELU one a number, or it costs too much
+    numbers = height * width // (32 * warps)
+    assert special == ["TANH"] * numbers * constants["GELU"]
+    assert "STG.E.128" in code  # no narrow stores, of float8 either
 
 
 def test_opcheck_and_what_no_kernel_would_notice():

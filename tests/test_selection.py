@@ -207,7 +207,11 @@ def test_every_lossless_step_that_is_off_by_default_is_a_candidate():
     plan = make_args("--device", "cpu").plan
     asked_for = {step.NAME for step in STEPS if plan[step.NAME].missing_flag}
     asked_for -= set(availability.OTHERS)
-    assert asked_for - set(selection.CANDIDATES.values()) == {"gguf", "lora"}  # other weights
+    assert asked_for - set(selection.CANDIDATES.values()) == {
+        "gguf",
+        "lora",
+        "static_scales",
+    }  # files
     order = [step.NAME for step in STEPS]
     alone = [step for words, step in selection.CANDIDATES.items() if words != PAIR]
     assert [*map(order.index, alone)] == sorted(map(order.index, alone))

@@ -27,12 +27,26 @@ def prompts_of(args) -> list[str]:
     return quality_prompts(args)[-PROMPTS:]
 
 
+def on_prompts(args, settled):
+    """Settle a run of the calibration's prompts and seeds, unless prompts were given.
+
+    `settled`: the same call, settled without them
+    Raises: UserError, one line a problem.
+    """
+    from utils.prepare import prepare
+
+    args.prompt = args.prompt or prompts_of(settled)
+    args.seed += SEED
+    prepare(args)
+    return args
+
+
 def settle(argv: list[str], parser):
     """Settle a run of all steps on the calibration's prompts: a mask of ones, so that it can count.
 
     Raises: UserError for what no step mask is for (utils/steps/step_mask.py), one line a problem.
     """
-    from utils.prepare import prepare, settle_call
+    from utils.prepare import settle_call
 
     first = parser.parse_args(argv)
     if first.step_mask or first.cache_dit_config:
@@ -44,16 +58,20 @@ def settle(argv: list[str], parser):
         raise UserError(
             f"--mask_file {first.mask_file}: expected a name ending in {mask_file.SUFFIX}"
         )
-    given = first.prompt
     settle_call(first)
     steps = first.num_inference_steps
     if not 1 <= first.computed < steps:
         raise UserError(f"--computed {first.computed}: expected 1 to {steps - 1} of {steps} steps")
-    args = parser.parse_args([*argv, "--step_mask", f"0-{steps - 1}"])
-    args.prompt = given or prompts_of(first)
-    args.seed += SEED
-    prepare(args)
-    return args
+    return on_prompts(parser.parse_args([*argv, "--step_mask", f"0-{steps - 1}"]), first)
+
+
+def ready(args):
+    """Print what a settled calibration runs, load its pipeline and apply its steps."""
+    from utils.pipeline_utils import optimize
+    from utils.prepare import announce_and_load
+
+    pipeline, _ = announce_and_load(args)
+    return optimize(pipeline, args)
 
 
 def parser():
@@ -72,13 +90,10 @@ def main() -> None:
     quiet_libraries()
     from utils import card
     from utils.fit_mask import fit, record
-    from utils.pipeline_utils import optimize
-    from utils.prepare import announce_and_load
     from utils.report import write
 
     args = settle(argv, parser())
-    pipeline, _ = announce_and_load(args)
-    optimize(pipeline, args)
+    pipeline = ready(args)
     full, step_sizes = record(pipeline, args)
     mask, weights, error = fit(pipeline, args, full, step_sizes, args.computed)
     found = mask_file.MaskFile(

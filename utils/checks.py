@@ -56,7 +56,7 @@ def number_problems(args) -> list[str]:
 def path_problems(args) -> list[str]:
     """Look at every file and folder that the run will write, while it costs nothing."""
     problems = []
-    for flag in ("output_file", "trace_file", "results", "mask_file", "pictures"):
+    for flag in ("output_file", "trace_file", "results", "mask_file", "scales_file", "pictures"):
         value = getattr(args, flag, None)
         if value is None:
             continue
@@ -70,7 +70,8 @@ def path_problems(args) -> list[str]:
         if not problem and flag == "output_file" and Path(value).suffix.lower() != ".png":
             problem = "expected a name ending in .png"
         if problem:
-            problems.append(f"--{flag.replace('_', '-')} {value}: {problem}")
+            dashed = flag in ("output_file", "trace_file")
+            problems.append(f"--{flag.replace('_', '-') if dashed else flag} {value}: {problem}")
     return problems
 
 

@@ -48,17 +48,26 @@ def dump(found: MaskFile) -> bytes:
     return f'{rest[:-2]},\n  "weights": {{\n{lines}\n  }}\n}}\n'.encode()
 
 
-def load(path: str) -> MaskFile:
-    """Read a file and check that mask and weights belong together.
+def read_json(path: str, module: str, form: int, field: str) -> dict:
+    """Read what a module of a calibration has written; its format is checked and left out.
 
-    Raises: ValueError in one line for a file that is not one, or is damaged.
+    Raises: ValueError in one line for any other file.
     """
     try:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot be read ({error})") from None
-    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
-        raise ValueError(f"expected a file of python -m utils.calibrate, format {FORMAT}")
+    if not isinstance(found, dict) or found.pop("format", None) != form or field not in found:
+        raise ValueError(f"expected a file of python -m {module}, format {form}")
+    return found
+
+
+def load(path: str) -> MaskFile:
+    """Read a file and check that mask and weights belong together.
+
+    Raises: ValueError in one line for a file that is not one, or is damaged.
+    """
+    found = read_json(path, "utils.calibrate", FORMAT, "mask")
     try:
         weights = {int(step): tuple(map(float, w)) for step, w in found.pop("weights").items()}
         read = MaskFile(weights=weights, **found)

@@ -36,6 +36,7 @@ from utils.steps import (
     modulation,
     persistent_tma,
     quant,
+    static_scales,
     step_mask,
     subpixel_upsampling,
     text_encoders,
@@ -65,6 +66,7 @@ STEPS = (
     deferred_scales,  # moves the scales and biases of the float8 products
     persistent_tma,  # moves the biases of the float8 products
     triton_float8,  # or takes those products over
+    static_scales,  # lets some of those write float8
     memory,  # moves the final weights to where they stay, or puts hooks on them
     device_images,  # follows the decoder; the calls below warm it up
     inductor_tuning_flags,  # read when the compiler runs

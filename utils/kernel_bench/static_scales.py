@@ -3,7 +3,8 @@
 A row's scale is known when all of the row is, so GELU's output is stored in bf16 and read again: in
 a single block of Dev 226 MB more than the float8 numbers alone. With one scale that was fixed
 beforehand the cast can stand in the product's epilogue, if a kernel with an epilogue is as fast as
-the library's without. Both ways begin with a float8 input and end with one.
+the library's without. Both ways begin with a float8 input and end with one. `static-kernel` is the
+product of step static_scales.
 """
 
 from functools import partial
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from utils.kernel_bench import products
 from utils.kernel_bench.between import FP8_BOUND
 from utils.kernel_bench.trial import Case, Setting, Trial, Unavailable, compiled, relative_l2
-from utils.kernels import modulate
+from utils.kernels import float8_gelu, modulate
 from utils.kernels.flash_attention import E4M3, E4M3_MAX
-from utils.steps import fused_kernels, quant
+from utils.steps import fused_kernels, quant, triton_float8
 
 
 def by_row(quantize, x, x_scale, w, w_scale, bias, one, out_scale) -> tuple:
@@ -31,9 +32,16 @@ def static(x, x_scale, w, w_scale, bias, one, out_scale) -> tuple:
     return (out / out_scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), out_scale
 
 
+def own(x, x_scale, w, w_scale, bias, one, out_scale) -> tuple:
+    """Do all of it by our kernel. Shapes: -> (M, N) e4m3, ()"""
+    scale = torch.stack([out_scale, 1 / out_scale])
+    return float8_gelu.float8_gelu(x[None], x_scale[None], w, w_scale, bias, scale)[0], out_scale
+
+
 VARIANTS = {  # name -> the input's cast, what runs, Inductor's options or None
     "row-kernel": (products.per_row, partial(by_row, modulate.gelu_quantize), None),
     "row-inductor": (products.per_row, partial(by_row, modulate.plain_gelu_quantize), {}),
+    "static-kernel": (products.per_row, own, None),
     "static-inductor": (products.per_tensor, static, {}),
     "static-inductor-tma": (products.per_tensor, static, products.TMA),
 }
@@ -64,7 +72,8 @@ def make(setting: Setting, shape: products.Shape, variant: str) -> Trial:
     cast, run, options = VARIANTS[variant]
     reason = setting.is_full and quant.lacking(setting.machine)
     if options is None:
-        reason = reason or fused_kernels.lacking(setting.machine)
+        step = triton_float8 if run is own else fused_kernels
+        reason = reason or step.lacking(setting.machine)
     if reason:
         raise Unavailable(f"{variant}: {reason}")
     return Trial(

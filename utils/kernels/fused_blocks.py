@@ -6,7 +6,8 @@ one kernel; the residual at a block's end, which has to be whole for whatever st
 blocks (ControlNet, a step cache), takes one more, unless step triton_float8 puts it into the
 product. `float8` says that torchao made all of a block's Linears float8 with one scale per row:
 their inputs are then quantised where they are computed, once for all that read them. What the
-attention gives to its own output Linears torchao quantises.
+attention gives to its own output Linears torchao quantises. An MLP's last Linear with `input_scale`
+(step static_scales) gets its input from the first product itself.
 """
 
 import torch
@@ -16,6 +17,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from utils.kernels.flash_attention import flash_attn_func
+from utils.kernels.float8_gelu import float8_gelu
 from utils.kernels.float8_product import linear_float8
 from utils.kernels.joint_projection import split
 from utils.kernels.modulate import gelu_quantize, norm_modulate
@@ -62,6 +64,16 @@ def attend(attn, img: list, txt: list | None, rope: tuple[torch.Tensor, torch.Te
     return out.flatten(2, 3).to(img[2].dtype)
 
 
+def _static_hidden(inputs: list, up, down, attention=None) -> list[torch.Tensor]:
+    """Give what an MLP's last Linear reads, in float8 with its static scale.
+
+    Shapes: inputs [x e4m3 (B, S, C), row scale (B, S, 1)], attention (B, S, C) or None
+        -> [[attention, gelu(MLP)] e4m3, scale (2,)]
+    """
+    weights = up.weight.qdata, up.weight.scale, up.bias
+    return [float8_gelu(*inputs, *weights, down.input_scale, attention), down.input_scale]
+
+
 def _refuse(joint_attention_kwargs: dict | None) -> None:
     if joint_attention_kwargs:
         names = ", ".join(joint_attention_kwargs)
@@ -81,7 +93,10 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
         x, *inputs = norm_modulate(x, *norm, y, gates[0], float8=self.float8)
         up, down = linears.net[0], linears.net[2]
         if self.float8:
-            hidden = gelu_quantize(linear_float8(*inputs, up.proj))
+            if hasattr(down, "input_scale"):
+                hidden = _static_hidden(inputs, up.proj, down)
+            else:
+                hidden = gelu_quantize(linear_float8(*inputs, up.proj))
             return linear_float8(*hidden, down, x, gates[1])
         return x + gates[1][:, None] * down(up(*inputs))
 
@@ -140,6 +155,11 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         inputs = norm_modulate(x, shift, scale, float8=self.float8)
+        if hasattr(self.proj_out, "input_scale"):
+            out = attend(self.attn, inputs, None, image_rotary_emb)
+            hidden = _static_hidden(inputs, self.proj_mlp, self.proj_out, out)
+            x = linear_float8(*hidden, self.proj_out, x, gate)
+            return x[:, :txt_tokens], x[:, txt_tokens:]
         heads, mlp = self._project(inputs)
         out = attend(self.attn, heads, None, image_rotary_emb)
         if self.float8:
