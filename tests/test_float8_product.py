@@ -170,9 +170,11 @@ def test_pictures(mode, kernels, reference, float8_on_cpu, monkeypatch):
 
 
 @pytest.mark.slow
-def test_inductors_code_holds_one_kernel_and_no_copy():
-    (row,) = lines_of("tests.float8_product_codegen")
-    assert row["kernels"] == ["float8_product_kernel"] and row["allocations"] == 1, row
+def test_inductors_code_holds_these_kernels_and_no_copy():
+    end, mlp = lines_of("tests.float8_product_codegen")
+    assert end["kernels"] == ["float8_product_kernel"] and end["allocations"] == 1, end
+    assert mlp["kernels"] == ["cast_rows_kernel", "float8_product_kernel"], mlp
+    assert mlp["allocations"] == 1, mlp
 
 
 def checked(machine=H200, **flags):

@@ -1,4 +1,4 @@
-"""The float8 product on a Hopper GPU: against fp64 and torch._scaled_mm, in graphs, in blocks."""
+"""The float8 products on a Hopper GPU: against fp64 and torch._scaled_mm, in graphs, in blocks."""
 
 import pytest
 import torch
@@ -7,7 +7,11 @@ from tests import float8_product_cases as cases
 from tests.flux_pieces import inputs, relative_error, transformer
 from tests.test_float8_product import ready
 from tests.test_fused_kernels_gpu import on_cuda
+from tests.test_static_scales import ready as with_scales
+from tests.test_static_scales import scales_of
 from utils.hardware import detect
+from utils.kernels.flash_attention import E4M3_MAX
+from utils.kernels.float8_gelu import float8_gelu, plain_float8_gelu
 from utils.kernels.float8_product import float8_product
 from utils.steps import triton_float8
 
@@ -35,6 +39,22 @@ def able():
 def test_against_truth(kind, shape):
     for found in cases.of_case(kind, shape, float8_product, "cuda"):
         assert found["error"] < FAST_SUMS, found
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("shape", [*cases.SHAPES, cases.LONGEST, (1, 4608, 12288, 3072)])
+def test_with_gelu_against_truth(kind, shape):
+    for found in cases.of_gelu(kind, shape, float8_gelu, "cuda"):
+        assert found["error"] < cases.GELU_TOLERANCE, found
+
+
+def test_with_gelu_what_lies_beyond_saturates_and_nan_stays():
+    *given, attention = cases.gelu_case("random", (2, 77, 256, 64), "cuda", within=0.25)
+    attention = attention.clone()
+    attention[1, 2, 3] = given[4][5] = float("nan")  # of one number, of one column
+    out, twin = (run(*given, attention).float() for run in (float8_gelu, plain_float8_gelu))
+    assert torch.equal(out.isnan(), twin.isnan()) and out.isnan().sum() == 2 * 77 + 1
+    assert out.nan_to_num().abs().max() == E4M3_MAX
 
 
 @pytest.mark.parametrize("shape", FLUX)
@@ -80,6 +100,19 @@ def test_whole_transformer(kernels, backend):
     call = on_cuda(inputs(2, text=77, height=9, width=15))
     expected = transformer().cuda()(**call)[0]
     model = ready(kernels, device="cuda")
+    torch._dynamo.reset()
+    if backend:
+        model = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert relative_error(model(**call)[0], expected) < 0.04
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_whole_transformer_with_static_scales(backend, tmp_path):
+    call = on_cuda(inputs(2, text=77, height=9, width=15))
+    plain = transformer().cuda()
+    expected = plain(**call)[0]
+    model = with_scales(scales_of(plain, call, tmp_path / "scales.json"), "cuda")
     torch._dynamo.reset()
     if backend:
         model = torch.compile(model, fullgraph=True, backend=backend)
