@@ -54,9 +54,9 @@ def load(args) -> tuple:
         ),
         "controlled": f"{args.control_guidance_start:g}-{args.control_guidance_end:g}",
     }
+    nets = load_nets(wanted, args)  # a damaged one is found before the larger weights are read
     images = controls.control_images(wanted, read, args)
     pipeline, load_s = announce_and_load(args)
-    nets = load_nets(wanted, args)
     call = arguments(wanted, images) | beginning(args)
     call |= {
         "control_guidance_start": args.control_guidance_start,
@@ -111,9 +111,6 @@ def load_nets(wanted: list[controls.Control], args) -> dict:
 
     Raises: UserError if one cannot be loaded.
     """
-    from diffusers import FluxControlNetModel
-    from safetensors import SafetensorError
-
     nets = {}
     for name in {control.net: None for control in wanted}:
         if name == controls.EDGES:
@@ -121,15 +118,30 @@ def load_nets(wanted: list[controls.Control], args) -> dict:
 
             net = build(args.dtype)
         else:
-            try:
-                net = FluxControlNetModel.from_pretrained(name, dtype=args.dtype)
-            except (OSError, ValueError, SafetensorError) as error:
-                what = " ".join(str(error).split())[:300]
-                raise UserError(f"--controlnet {name}: cannot be loaded: {what}") from error
+            net = _from_pretrained(name, args.dtype)
         # diffusers names the repeated blocks of the transformer only
         net._repeated_blocks = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
         nets[name] = net.to(args.device).eval()
     return nets
+
+
+def _from_pretrained(name: str, dtype):
+    """Load a net's weights, all of them: diffusers goes on with a part."""
+    from diffusers import FluxControlNetModel
+    from safetensors import SafetensorError
+
+    problem = f"--controlnet {name}: cannot be loaded:"
+    try:
+        net, found = FluxControlNetModel.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{problem} {' '.join(str(error).split())[:300]}") from error
+    wrong = {"missing_keys": "are missing", "unexpected_keys": "have no place in its config"}
+    for keys, what in wrong.items():
+        if names := sorted(found[keys]):
+            raise UserError(f"{problem} {len(names)} of its weights {what} ({names[0]}, ...)")
+    return net
 
 
 def joined(wanted: list[controls.Control], nets: dict):

@@ -101,7 +101,7 @@ FULL="--compile_export_mode compile --compile_scope full"
 AOTI="--compile_export_mode export_aoti --cache-dir /tmp/packages"
 SCHNELL="--ckpt black-forest-labs/FLUX.1-schnell"
 DEV="--ckpt black-forest-labs/FLUX.1-dev"
-KONTEXT="--ckpt black-forest-labs/FLUX.1-Kontext-dev --image tiny_flux/samples.png"
+KONTEXT="--ckpt black-forest-labs/FLUX.1-Kontext-dev --image tiny_flux/samples.webp"
 CACHE="--cache_dit_config cache_config.yaml"
 TURNS="180 105"  # seconds of two rows that take turns: in the second turn both are compiled
 

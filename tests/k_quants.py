@@ -1,6 +1,6 @@
 """Q3_K, Q4_K, Q5_K and Q6_K of a matrix, which the gguf package can only read.
 
-python -m tests.k_quants CKPT TYPE FILE.gguf writes a checkpoint's transformer.
+python -m tests.k_quants tiny-schnell Q4_K FILE.gguf writes a checkpoint's transformer.
 
 A superblock of 256 numbers has parts with integer scales of their own, which share one fp16 scale.
 Scales come from each part's largest number, without llama.cpp's search for better ones, so the
@@ -10,10 +10,11 @@ with that.
 Source: github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q3_K to block_q6_K)
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
+
+from utils.errors import run_script
 
 SUPER = 256
 
@@ -123,8 +124,18 @@ def encode(matrix: np.ndarray, kind: str) -> np.ndarray:
     return blocks.reshape(len(matrix), -1)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    """Parse, write, and say how many tensors there are of each type."""
     from extras.write_gguf import transformer_folder, write
+    from utils.benchmark_utils import Parser
 
-    ckpt, kind, file = sys.argv[1:]
-    print(write(transformer_folder(ckpt), Path(file), kind, encode))
+    parser = Parser(description="Write a checkpoint's transformer as a GGUF file of K-quants.")
+    parser.add_argument("ckpt", help="bundled name or folder")
+    parser.add_argument("type", choices=KINDS, help="of the matrices")
+    parser.add_argument("file", type=Path, help="name ending in .gguf")
+    args = parser.parse_args(argv)
+    print(write(transformer_folder(args.ckpt), args.file, args.type, encode))
+
+
+if __name__ == "__main__":
+    run_script(main)

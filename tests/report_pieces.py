@@ -146,4 +146,4 @@ def strip(file: Path, noise: float, side: int = 64, count: int = 3) -> None:
         square[(x - 0.5) ** 2 + (y - 0.3 - 0.1 * k) ** 2 < 0.05] = (240, 230, 40)
         squares.append(square + noise * generator.standard_normal(square.shape))
     pixels = np.concatenate(squares, 1).clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(file)
+    Image.fromarray(pixels).save(file, lossless=True)

@@ -12,7 +12,9 @@ from tests.conftest import make_args
 from utils import artifacts, embeddings
 from utils.benchmark_utils import create_parser
 from utils.errors import UserError
-from utils.steps import PARTS
+from utils.memory_tiers import GIB, estimate
+from utils.prepare import settle_call
+from utils.steps import PARTS, memory
 
 RED, BLUE = "a red circle on a blue background", "a white heart on a blue background"
 
@@ -55,6 +57,29 @@ def test_a_known_prompt_loads_no_encoder_and_draws_the_same(flags, monkeypatch, 
         found, said = draw(patch, capsys, tmp_path, *flags, *memory, "--seed", "5")
     assert said == "found, no encoder loaded"
     assert found == plain
+
+
+def test_encoders_that_are_left_out_are_not_counted(monkeypatch, capsys, tmp_path):
+    """What is free lies between the two estimates, so that a known prompt alone fits untiled."""
+    cached = ("--embedding_cache", str(tmp_path / "text"), "--drop_text_padding")
+    draw(monkeypatch, capsys, tmp_path, "--prompt", RED, *cached)
+    parser = create_parser()
+    embeddings.add_flag(parser)
+    words = ("--device", "cpu", "--cache-dir", str(tmp_path / "c"), *cached, "--prompt")
+    args = parser.parse_args([*words, BLUE])
+    settle_call(args)
+    without, whole = (estimate(args, "full", encoders_loaded=there) for there in (False, True))
+    assert args.memory_estimate == whole
+    free = (without.gib + whole.gib) / 2 * GIB
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    for prompt, tier in ((BLUE, "tiled"), (RED, "full")):
+        args = parser.parse_args([*words, prompt])
+        settle_call(args)
+        assert args.tier == tier
+    assert args.memory_estimate == without
+    empty = parser.parse_args(["--device", "cpu", "--embedding_cache", str(tmp_path / "none")])
+    settle_call(empty)  # makes no folder for a call that may still be refused
+    assert empty.tier == "tiled" and not (tmp_path / "none").exists()
 
 
 def test_half_of_the_texts_is_not_enough(monkeypatch, capsys, tmp_path):

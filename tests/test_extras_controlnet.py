@@ -2,14 +2,17 @@
 
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from derived_pieces import OFF, ON, PROMPT, by_diffusers, by_us, draw, plain, psnr_db
 from PIL import Image
+from safetensors.torch import load, save
 
 from extras import controlnet, controls, preprocess
+from utils import prepare
 from utils.errors import UserError
 
 CFG = ("--true_cfg_scale", "2", "--negative_prompt", "a blue ring")
@@ -234,6 +237,30 @@ def test_a_damaged_net_is_refused_before_loading(config, expected, tmp_path):
     with pytest.raises(UserError) as error:
         controls.config_of(str(tmp_path))
     assert str(error.value).startswith(f"--controlnet {tmp_path}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("", None, "Unable to load weights"),  # the file is cut off
+        ("x_embedder.bias", None, "1 of its weights are missing (x_embedder.bias, ...)"),
+        ("x_embedder.bias", torch.ones(2), "Cannot load because x_embedder.bias expected shape"),
+        ("blocks.9.x", torch.ones(2), "1 of its weights have no place in its config (blocks.9.x"),
+    ],
+)
+def test_damaged_weights_are_refused_before_the_checkpoint_is_loaded(
+    name, tensor, expected, scene, union, tmp_path, monkeypatch
+):
+    net = shutil.copytree(union, tmp_path / "net")
+    file = net / "diffusion_pytorch_model.safetensors"
+    tensors = load(content := file.read_bytes()) | {name: tensor}
+    tensors = {key: value for key, value in tensors.items() if value is not None}
+    file.write_bytes(save(tensors) if name else content[:10_000])
+    monkeypatch.setattr(prepare, "announce_and_load", None)
+    flags = ("--control_mode", "1", "--control_image", scene.edges)
+    said = refusal("--controlnet", str(net), *flags)
+    assert said.startswith(f"--controlnet {net}: cannot be loaded: {expected}")
+    assert len(said.splitlines()) == 1
 
 
 def test_the_shape_follows_the_edges_and_without_the_net_it_does_not():

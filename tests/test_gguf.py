@@ -14,6 +14,7 @@ from test_cli import script
 
 from extras import write_gguf
 from extras.write_gguf import transformer_folder, write
+from tests import k_quants
 from tests.k_quants import KINDS, encode
 from utils import quality
 from utils.artifacts import file_digest, identity_of_run
@@ -76,6 +77,15 @@ def test_packed_k_quants_decode_to_what_was_packed(kind):
     # Rounding to steps of s has a variance of s^2 / 12; rounded scales (6 or 8 bits) add to it
     expected = np.sqrt((step_sizes(x, kind) ** 2).mean() / 12)
     assert 0.8 * expected < np.sqrt(((found - x) ** 2).mean()) < 1.3 * expected
+
+
+def test_k_quants_say_what_they_take(capsys):
+    for words, code in ((["--help"], 0), (["tiny-schnell", "Q9_K", "x.gguf"], 2), ([], 2)):
+        with pytest.raises(SystemExit) as done:
+            k_quants.main(words)
+        assert done.value.code == code
+    said = capsys.readouterr()
+    assert "Q6_K,Q5_K,Q4_K,Q3_K" in said.out and "invalid choice: 'Q9_K'" in said.err
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -57,7 +57,12 @@ EXPECTED = {  # attention, others by name, linear, others by name, mode, shapes
 
 @pytest.fixture
 def found(monkeypatch):
-    """Give a function that makes torch report one GPU, or none."""
+    """Give a function that makes torch report one GPU, or none.
+
+    torchao asks the GPU which float8 it has when it is first imported, which lasts as long as the
+    process does: that is not to be the pretended one.
+    """
+    import torchao.quantization  # noqa: F401
 
     def report(name: str | None) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)

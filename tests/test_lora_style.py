@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import make_args
+from PIL import Image
 
 from tiny_flux.checker import check_image
 from tiny_flux.evaluate import held_out_prompts
@@ -61,4 +62,6 @@ def test_the_training_runs(tmp_path, monkeypatch, capsys):
     args = make_args("--device", "cpu", "--ckpt", "tiny-schnell", "--lora", str(out))
     ranks = loras.adapted(loras.read(args.loras[0]))
     assert len(ranks) == 18 and set(ranks.values()) == {train_lora.RANK}
-    assert out.with_suffix(".png").exists() and "at night" in capsys.readouterr().out
+    with Image.open(out.with_suffix(".webp")) as sheet:
+        assert sheet.format == "WEBP"
+    assert "at night" in capsys.readouterr().out

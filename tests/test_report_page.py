@@ -50,10 +50,11 @@ def pictured(tmp_path) -> tuple[dict, dict[str, Path]]:
     """Make rows with pictures, and the folder that their paths are relative to."""
     rows = ladder()
     (tmp_path / "strips").mkdir()
-    for k, noise in enumerate((0, 0, 1, 20)):
-        strip(tmp_path / "strips" / f"{k}.png", noise)
-    for k, one in enumerate([rows[1], rows[2], rows[0], rows[3]]):
-        one |= {"pictures": f"strips/{k}.png", "reference_pictures": "strips/0.png"}
+    names = ("0.webp", "1.webp", "2.webp", "3.png")  # a row from before strips were WebP
+    for file, noise in zip(names, (0, 0, 1, 20), strict=True):
+        strip(tmp_path / "strips" / file, noise)
+    for file, one in zip(names, [rows[1], rows[2], rows[0], rows[3]], strict=True):
+        one |= {"pictures": f"strips/{file}", "reference_pictures": "strips/0.webp"}
     return {"h200.jsonl": rows, "cpu.jsonl": [old_row()]}, {"h200.jsonl": tmp_path}
 
 
@@ -65,7 +66,8 @@ def test_the_page_holds_everything(pictured):
         assert words in found.text, words
     assert [tag for tag, _ in found.tags].count("svg") == 2  # ladder and leave-one-out
     images = [attrs for tag, attrs in found.tags if tag == "img"]
-    assert len(images) == 4 and all(i["src"].startswith("data:image/png") for i in images)
+    kinds = [image["src"].partition(";")[0] for image in images]
+    assert sorted(kinds) == ["data:image/png", *["data:image/webp"] * 3]
     ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     options = [a for tag, a in found.tags if tag == "option" and "data-strip" in a]

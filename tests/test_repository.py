@@ -60,6 +60,14 @@ def test_every_committed_row_names_its_command_and_environment():
                 )
 
 
+def test_every_committed_picture_belongs_to_a_row():
+    folder = ROOT / "results"
+    rows = [json.loads(x) for f in folder.glob("*.jsonl") for x in f.read_text().splitlines()]
+    named = {row.get(key) for row in rows for key in ("pictures", "reference_pictures")} - {None}
+    kept = {str(file.relative_to(folder)) for file in (folder / "pictures").iterdir()}
+    assert named == kept
+
+
 def test_every_file_is_one_reading():
     """Each file is one reading."""
     for file in tracked():

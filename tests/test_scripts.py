@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_args
 from PIL import Image
@@ -91,6 +92,16 @@ def test_a_picture_in_one_colour_is_said_as_the_doctor_knows_it(tmp_path, capsys
     said = capsys.readouterr().err
     assert said.count("constant (black?)") == 1 and str(tmp_path / "x_1.png") in said
     assert "NaN" in "\n".join(str(found) for found in explain(said))
+
+
+def test_a_strip_keeps_every_pixel_and_equal_ones_share_a_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    strip = write_strip(images, tmp_path)
+    with Image.open(tmp_path / strip) as kept:
+        assert kept.format == "WEBP" and np.array_equal(np.asarray(kept), np.hstack(noise))
+    assert write_strip(images, tmp_path) == strip != write_strip(images[::-1], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_picture_may_be_read_by_others(tmp_path):

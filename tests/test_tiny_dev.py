@@ -89,8 +89,8 @@ def test_the_readme_shows_the_committed_evaluation():
     assert evaluate_dev.editing_table(rows["editing"]) in readme
     right = {row["pictures"]: row["right"] for row in rows["editing"]}
     assert right["ideal edits"] == 100 and right["sources, unedited"] == 0
-    for sheet in ("guidance.png", "edits.png"):
-        assert f"({sheet})" in readme and (FOLDER / sheet).stat().st_size <= 350_000
+    for sheet in ("guidance.webp", "edits.webp"):
+        assert f"({sheet})" in readme and (FOLDER / sheet).stat().st_size <= 80_000
 
 
 def test_guidance_sharpens_what_it_draws():

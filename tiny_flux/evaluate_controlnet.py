@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2026, help="of scenes and noise")
     parser.add_argument("--json", type=Path, default=HERE / "evaluation-controlnet.json")
     parser.add_argument("--page", type=Path, default=PAGE, help="whose table is replaced")
-    parser.add_argument("--sheet", type=Path, default=HERE / "controlnet.png")
+    parser.add_argument("--sheet", type=Path, default=HERE / "controlnet.webp")
     args = parser.parse_args()
     base = FluxPipeline.from_pretrained(HERE / "tiny-schnell", dtype=torch.bfloat16)
     pipe = FluxControlNetPipeline.from_pipe(

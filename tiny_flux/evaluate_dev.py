@@ -258,10 +258,10 @@ def main() -> None:
         for name, text in tables.items():
             put_between_markers(args.write / "README.md", text, name)
         texts = [text for text, _ in held_out_prompts(args.count, args.seed)]
-        guidance_sheet(drawing, by_guidance, texts, args.write / "guidance.png")
+        guidance_sheet(drawing, by_guidance, texts, args.write / "guidance.webp")
         some = 3 * len(TAUGHT), len(BEGUN)  # of the sheet's columns
         shown = tasks[: some[0]] + others[: some[1]]
-        edits_sheet(edited[: some[0]] + edited_others, shown, args.write / "edits.png")
+        edits_sheet(edited[: some[0]] + edited_others, shown, args.write / "edits.webp")
     print(f"done: {time.perf_counter() - clock:.0f} s")
 
 

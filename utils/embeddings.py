@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils import artifacts, guidance
 from utils.errors import UserError
-from utils.steps import PARTS
+from utils.steps import PARTS, text_padding, text_quant
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 ENDING = ".safetensors"
@@ -50,10 +50,23 @@ def open_cache(args, flag: str = "--embedding_cache") -> Path:
         raise UserError(str(error).replace("--cache-dir", flag, 1)) from None
 
 
+def are_known(args) -> bool:
+    """Tell of a call that has no plan yet whether it will load no text encoder.
+
+    A folder that is not there is not made: the call may still be refused.
+    """
+    folder = getattr(args, "embedding_cache", None)
+    if not folder or not Path(folder).expanduser().is_dir():
+        return False
+    return bool(Remembered(args, open_cache(args)).unneeded)
+
+
 def identity_of(args, texts: list[str]) -> dict:
     """Say what the embeddings of one call of encode_prompt depend on."""
     early = artifacts.known_early(args, {})
-    steps = {n: v for n, v in args.plan.items() if v.is_on and n.startswith("text_")}
+    plan = getattr(args, "plan", None)  # it is made once the memory tier is chosen: are_known()
+    plan = plan or {step.NAME: step.check(args) for step in (text_padding, text_quant)}
+    steps = {n: v for n, v in plan.items() if v.is_on and n.startswith("text_")}
     sources = artifacts.sources_of_run(steps)
     return early | {
         "component": "text",

@@ -1,4 +1,4 @@
-"""Write pictures that say how they were made."""
+"""Write pictures that say how they were made, and strips that results point to."""
 
 import hashlib
 import json
@@ -36,9 +36,9 @@ def save_images(images: list, args, step_cache: dict | None = None, ending: str 
 
 
 def write_strip(images: list, folder: Path) -> str:
-    """Write pictures side by side, at most 256 pixels each, as a PNG named by its content.
+    """Write pictures side by side, at most 256 pixels each, without loss.
 
-    Returns: the file's name; equal pictures share one file.
+    Returns: the file's name, a digest of the pixels; equal pictures share one file.
     Raises: UserError if the folder cannot be written.
     """
     small = [image.copy() for image in images]
@@ -50,11 +50,11 @@ def write_strip(images: list, folder: Path) -> str:
         strip.paste(image, (left, 0))
         left += image.width
     digest = hashlib.sha256(strip.tobytes()).hexdigest()[:12]
-    path = folder / f"{digest}.png"
+    path = folder / f"{digest}.webp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
-            strip.save(new, format="PNG", optimize=True)
+            strip.save(new, format="WEBP", lossless=True, quality=100, method=6)
     except OSError as error:
         raise UserError(f"--pictures {folder}: cannot be written ({error.strerror})") from None
     return path.name

@@ -66,12 +66,18 @@ def work_of(args, linear: str, text: str = "") -> Work:
 
 
 def estimate(
-    args, tier: str, linear: str = "", gguf_bytes: int | None = None, text: str = ""
+    args,
+    tier: str,
+    linear: str = "",
+    gguf_bytes: int | None = None,
+    text: str = "",
+    encoders_loaded: bool = True,
 ) -> Estimate:
     """Estimate the peak on the device.
 
     `linear`: the blocks' Linears, "" for the run's own dtype; `gguf_bytes`: the transformer's,
-    where it stays compressed; `text`: T5's Linears, as `linear`.
+    where it stays compressed; `text`: T5's Linears, as `linear`; without `encoders_loaded` the
+    text's embeddings are there already.
     """
     work = work_of(args, linear, text)
     configs, layers = configs_of(args.checkpoint), work.layers
@@ -83,10 +89,13 @@ def estimate(
     vae = base * (total(layers["vae_decoder"], "parameters") + total(encoder, "parameters"))
 
     on_cpu = args.machine.device == "cpu"
-    weights, text_layer = vae + transformer + encoders, 0
-    if tier != "full" and not on_cpu:
+    text_bytes = _text_bytes(configs["text_encoder_2"], work.call, base)
+    if not encoders_loaded:
+        encoders = text_bytes = 0
+    weights = vae + transformer + encoders
+    if encoders_loaded and tier != "full" and not on_cpu:
         weights -= encoders
-        text_layer = max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
+        text_bytes += max(x.parameters * WIDTH[x.dtype] for x in layers["t5"])
     step = _step_bytes(work, base)
     if gguf_bytes:
         step += GGUF_BYTES_OF_A_WEIGHT * _largest(layers["transformer"])
@@ -101,7 +110,7 @@ def estimate(
             held = embedders + BLOCKS_AT_ONCE * max(size for _, size in blocks)
         step += int(scale * held)
     moments = (
-        text_layer + _text_bytes(configs["text_encoder_2"], work.call, base),
+        text_bytes,
         step,
         _vae_bytes(configs["vae"], args, work.call, tier, base),
     )

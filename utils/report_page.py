@@ -19,6 +19,10 @@ from utils.report_table import LEGEND, Code, Table, notes, table, title
 
 HERE, RESULTS = Path(__file__).resolve().parent, ROOT / "results"
 GAINS = (1, 4, 16, 64)
+PICTURES = {  # media type -> how a file of it begins; strips were PNG before they were WebP
+    "image/webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+}
 
 
 def page(results: dict[str, list[dict]], folders: dict[str, Path] | None = None) -> str:
@@ -130,7 +134,7 @@ def _commands(series: Series) -> str:
 
 
 def data_uri(path: str, root: Path) -> str:
-    """Read a PNG inside root as a data URI; "" if it is none, which stderr is told.
+    """Read a WebP or PNG inside root as a data URI; "" if it is none, which stderr is told.
 
     Results may come from elsewhere, so a path may not lead out of their folder.
     """
@@ -139,13 +143,14 @@ def data_uri(path: str, root: Path) -> str:
         if not file.is_relative_to(root.resolve()):
             raise ValueError("outside the folder of the results")
         content = file.read_bytes()
-        if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-            raise ValueError("not a PNG")
+        media = next((kind for kind, head in PICTURES.items() if head.match(content)), None)
+        if media is None:
+            raise ValueError("neither a WebP nor a PNG")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         print(f"pictures {path!r}: left out: {why}", file=sys.stderr)
         return ""
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+    return f"data:{media};base64," + base64.b64encode(content).decode()
 
 
 def _pictures(anchor: str, everything: list[Series], root: Path) -> str:

@@ -18,7 +18,7 @@ loaded, fused and quantised on the host then, so loading never needs more than t
 import argparse
 from contextlib import contextmanager
 
-from utils import card
+from utils import card, embeddings
 from utils.errors import UserError
 from utils.gguf_file import read_header
 from utils.memory import free_bytes, parse_size
@@ -63,7 +63,8 @@ def settle(args) -> None:
         compressed = read_header(gguf.local_file(args.gguf_file)).bytes
     linear = "" if compressed else quant.precision(quant.check(args))
     text = quant.precision(text_quant.check(args))
-    found = {tier: estimate(args, tier, linear, compressed, text) for tier in TIERS}
+    loaded = not embeddings.are_known(args)
+    found = {tier: estimate(args, tier, linear, compressed, text, loaded) for tier in TIERS}
     free = parse_size(args.memory) or free_bytes(args.device)
     args.tier = args.memory if args.memory in TIERS else "full"
     if args.memory not in TIERS and not getattr(args, "peer", None):
@@ -82,7 +83,7 @@ def settle(args) -> None:
             )
     args.memory_estimate = found[args.tier]
     # Unquantised weights are on the device at once while it is quantised there
-    loading = estimate(args, "full", "", compressed).gib * 2**30
+    loading = estimate(args, "full", "", compressed, "", loaded).gib * 2**30
     named = args.memory == "full" or getattr(args, "peer", None)
     resident = args.tier == "full" and (named or loading <= free)
     args.load_device = args.device if resident else "cpu"
