@@ -35,22 +35,31 @@ def case(kind: str, shape, device: str = "cpu") -> tuple:
     return (*quantize_rows(x), *quantize_rows(weight), bias[0], residual, gate)
 
 
-def truth(x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None) -> torch.Tensor:
+def truth(
+    x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None, front=None
+) -> torch.Tensor:
     """The product of the quantised values, in fp64."""
     out = (x.double() * x_scale.double()) @ (weight.double() * weight_scale.double()).t()
     out = out if bias is None else out + bias.double()
+    residual = residual if front is None else torch.cat([front, residual], dim=1)
     return out if residual is None else residual.double() + gate.double()[:, None] * out
 
 
 def of_case(kind: str, shape, run, device: str = "cpu") -> list[dict]:
-    """Compare the product alone, with a bias, and as a block ends, with truth and twin."""
-    given, found = case(kind, shape, device), []
-    for count in (4, 5, 7):
-        out = run(*given[:count])
-        twin = float8_product.plain_float8_product(*given[:count])
-        error = row_error(out, truth(*given[:count]))
+    """Compare the product alone, with a bias, and as blocks end, with truth and twin.
+
+    A single block ends with a residual in two parts, slices of what the block before has given.
+    """
+    *others, residual, gate = case(kind, shape, device)
+    text = (shape[1] + 2) // 3
+    parts = residual[:, text:], gate, residual[:, :text]
+    found = []
+    for inputs in (others[:4], others, [*others, residual, gate], [*others, *parts]):
+        out = run(*inputs)
+        twin = float8_product.plain_float8_product(*inputs)
+        error = row_error(out, truth(*inputs))
         differs = (out.float() != twin.float()).double().mean().item()
-        found.append({"kind": kind, "inputs": count, "error": error, "differs": differs})
+        found.append({"kind": kind, "inputs": len(inputs), "error": error, "differs": differs})
     return found
 
 

@@ -117,15 +117,17 @@ def differing(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def of_rows(kind: str, shape, run=modulate.launch_norm_modulate, device="cpu") -> list[dict]:
-    """Compare norm_modulate in its four variants with the truth and with the twin."""
+    """Compare norm_modulate in its six variants with the truth and with the twin."""
     x, y = rows(kind, shape, 0, device), rows("random", shape, 1, device)
     gate, shift, scale = vectors(shape[0], shape[2], device)
     found = []
     about = {"kernel": "norm_modulate", "kind": kind}
-    for residual in ((), (y, gate)):
+    text = (shape[1] + 2) // 3  # a single block's tokens come as two slices
+    for residual, front in (((), None), ((y, gate), None), ((), x[:, :text])):
         truth = true_norm_modulate(x, shift, scale, *residual)
+        given = x if front is None else x[:, text:]
         for float8 in (False, True):
-            inputs = x, shift, scale, *(residual or (None, None)), float8
+            inputs = given, shift, scale, *(residual or (None, None)), float8, front
             outputs, twins = run(*inputs), modulate.plain_norm_modulate(*inputs)
             if residual:
                 ((hidden, *outputs), (expected, *twins)) = outputs, twins

@@ -28,7 +28,7 @@ SHARED = 232448  # bytes of a block on sm_90
 def test_interpreted_against_truth_and_twin():
     lines = lines_of("tests.float8_product_cases", TRITON_INTERPRET="1")
     gelu, found = ([line for line in lines if ("gelu" in line) is end] for end in (True, False))
-    assert len(found) == 3 * (len(cases.KINDS) + len(cases.SHAPES)) and len(gelu) == 20
+    assert len(found) == 4 * (len(cases.KINDS) + len(cases.SHAPES)) and len(gelu) == 20
     for line in gelu:
         assert line["error"] < cases.GELU_TOLERANCE, line
     for line in found:
@@ -82,7 +82,7 @@ def test_compiled_for_hopper_with_its_instructions_and_without_spills(tile, end,
         pointer = "*fp8e4nv" if name in float8 else "*fp32" if name in fp32 else "*bf16"
         number = pointer if name.endswith("_ptr") else "i32"
         types[name] = "constexpr" if name in constants else number
-        if types[name].startswith("*"):
+        if types[name] != "constexpr":  # ints too: counts, strides
             multiples[(i,)] = [["tt.divisibility", 16]]
     at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
@@ -102,15 +102,16 @@ def test_compiled_for_hopper_with_its_instructions_and_without_spills(tile, end,
     special = re.findall(r"MUFU\.(TANH|EX2)", code)  # of GELU one a number, or it costs too much
     numbers = height * width // (32 * warps)
     assert special == ["TANH"] * numbers * constants["GELU"]
-    assert "STG.E.128" in code  # no narrow stores, of float8 either
+    assert "STG.E.128" in code and "LDG.E.U16" not in code  # no narrow ones, of float8 either
 
 
 def test_opcheck_and_what_no_kernel_would_notice():
     given = cases.case("random", (2, 3, 64, 32))
-    for count in (4, 7):
+    front = given[5][:, :1]
+    for some in (given[:4], given, (*given[:5], given[5][:, 1:], given[6], front)):
         utilities = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         operator = torch.ops.flux.float8_product.default
-        torch.library.opcheck(operator, given[:count], test_utils=utilities)
+        torch.library.opcheck(operator, some, test_utils=utilities)
     x, x_scale, weight, weight_scale, bias, residual, gate = given
     for wrong in (
         (x, x_scale[:1], weight, weight_scale),
@@ -120,6 +121,9 @@ def test_opcheck_and_what_no_kernel_would_notice():
         (x, x_scale, weight, weight_scale, bias[:3]),
         (x, x_scale, weight, weight_scale, bias, residual),
         (x, x_scale, weight, weight_scale, bias, residual, gate[:1]),
+        (x, x_scale, weight, weight_scale, bias, residual, gate, front),  # a token too many
+        (x, x_scale, weight, weight_scale, bias, residual[:, 1:], gate, front[:1]),
+        (x, x_scale, weight, weight_scale, bias, None, None, residual),
     ):
         with pytest.raises(ValueError, match="float8_product: shapes that do not belong"):
             float8_product.float8_product(*wrong)

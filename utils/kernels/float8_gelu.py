@@ -72,7 +72,7 @@ def launch_float8_gelu(
             BLOCK=triton.next_power_of_2(first),
             num_warps=warps(first),
         )
-    given = x, x_scale, weight, weight_scale, bias, None, None
+    given = x, x_scale, weight, weight_scale, bias, None
     return launch_into(out, *given, out_scale, first, programs, tile)
 
 

@@ -41,13 +41,16 @@ def choose_tile(rows: int, columns: int, programs: int) -> tuple[int, int, int, 
     return min(TILES, key=loads)
 
 
-def plain_float8_product(x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None):
+def plain_float8_product(
+    x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None, front=None
+) -> torch.Tensor:
     """Do what `float8_product` does, in torch."""
     x_scale = x_scale if x_scale.dim() == 3 else x_scale[0]
     out = (x.float() @ weight.float().t()) * x_scale * weight_scale.t()
     if bias is not None:
         out = out + bias.float()
     if residual is not None:
+        residual = residual if front is None else torch.cat([front, residual], dim=1)
         out = residual.float() + gate[:, None].float() * out
     return out.bfloat16()
 
@@ -75,12 +78,16 @@ def float8_product_kernel(
     weight_scale_ptr,
     bias_ptr,
     residual_ptr,
+    front_ptr,
     gate_ptr,
     out_scale_ptr,
     out_ptr,
     count,  # rows
     tokens,  # rows of an image
-    gate_batch,  # stride
+    front_tokens,  # of them, whose residual stands in front
+    residual_batch,  # strides
+    front_batch,
+    gate_batch,
     N: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,  # columns of the output
@@ -124,9 +131,16 @@ def float8_product_kernel(
             inside = (rows < count)[:, None] & within[None, :]
             at = rows.to(tl.int64)[:, None] * WIDTH + FIRST + columns[None, :]
             if RESIDUAL:
-                batch = (rows // tokens * gate_batch)[:, None]
-                gate = tl.load(gate_ptr + batch + columns[None, :], inside, 0.0).to(tl.float32)
-                half = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32) + gate * half
+                image, token = (rows // tokens).to(tl.int64), rows % tokens
+                gate_at = gate_ptr + (image * gate_batch)[:, None] + columns[None, :]
+                gate = tl.load(gate_at, inside, 0.0).to(tl.float32)
+                before = tl.where(
+                    token < front_tokens,
+                    front_ptr + image * front_batch + token * N,
+                    residual_ptr + image * residual_batch + (token - front_tokens) * N,
+                )
+                before = tl.load(before[:, None] + columns[None, :], inside, 0.0).to(tl.float32)
+                half = before + gate * half
             if GELU:  # the cast saturates, NaN stays NaN
                 half = scaled_gelu(half, tl.load(out_scale_ptr + 1))
             tl.store(out_ptr + at, half.to(out_ptr.dtype.element_ty), inside)
@@ -136,16 +150,34 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Give a tensor whose rows follow each other within an image. Shapes: (B, S, N) -> the same"""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def launch_float8_product(
-    x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None, programs=None, tile=None
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    bias=None,
+    residual=None,
+    gate=None,
+    front=None,
+    programs=None,
+    tile=None,
 ) -> torch.Tensor:
     """Do what `float8_product` does, by its kernel.
 
     By default on one program a multiprocessor, in tiles of choose_tile().
     """
     out = x.new_empty((*x.shape[:2], int(weight.shape[0])), dtype=torch.bfloat16)
-    given = x, x_scale, weight, weight_scale, bias, residual, gate
-    return launch_into(out, *given, programs=programs, tile=tile)
+    end = (
+        None
+        if residual is None
+        else (_rows(residual), None if front is None else _rows(front), gate)
+    )
+    return launch_into(out, x, x_scale, weight, weight_scale, bias, end, None, 0, programs, tile)
 
 
 def launch_into(
@@ -155,17 +187,19 @@ def launch_into(
     weight,
     weight_scale,
     bias,
-    residual,
-    gate,
-    out_scale=None,
+    end=None,
+    gelu=None,
     first=0,
     programs=None,
     tile=None,
 ) -> torch.Tensor:
     """Write the product into `out` (B, S, W), from column `first` on, and give it back.
 
-    With `out_scale` (a static scale and its inverse) as gelu(product) in float8.
+    `end`: residual, what stands in front of it (or None) and gate; `gelu`: the static scale of
+    gelu(product) in float8, as (scale, inverse).
     """
+    residual, front, gate = end or (out, None, out)  # unread where there is none
+    front = residual if front is None else front
     if programs is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
         triton.set_allocator(_scratch)
@@ -182,21 +216,25 @@ def launch_into(
         weight,
         weight_scale.contiguous(),
         weight_scale if bias is None else bias,  # unread where there is none
-        weight_scale if residual is None else residual.contiguous(),
-        weight_scale if gate is None else gate,
-        weight_scale if out_scale is None else out_scale,
+        residual,
+        front,
+        gate,
+        weight_scale if gelu is None else gelu,
         out,
         count,
         tokens,
-        0 if gate is None else gate.stride(0),
+        0 if front is residual else front.shape[1],
+        residual.stride(0),
+        front.stride(0),
+        gate.stride(0),
         N=columns,
         K=inner,
         WIDTH=int(out.shape[2]),
         FIRST=first,
         ROW_SCALES=x_scale.dim() == 3,
         BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        GELU=out_scale is not None,
+        RESIDUAL=end is not None,
+        GELU=gelu is not None,
         BLOCK_M=height,
         BLOCK_N=width,
         BLOCK_K=BLOCK_K,
@@ -207,18 +245,21 @@ def launch_into(
     return out
 
 
-def _check(x, x_scale, weight, weight_scale, bias, residual, gate) -> None:
+def _check(x, x_scale, weight, weight_scale, bias, residual, gate, front) -> None:
     batch, tokens, inner = x.shape
     columns = weight.shape[0]
     ok = weight.shape[1] == inner and weight.is_contiguous() and inner % 16 == 0
     ok = ok and tuple(x_scale.shape) in ((batch, tokens, 1), (2,))
     ok = ok and weight_scale.shape == (columns, 1)
     ok = ok and (bias is None or bias.shape == (columns,)) and (residual is None) == (gate is None)
-    if residual is not None:
-        ok = ok and tuple(residual.shape) == (batch, tokens, columns)
+    ok = ok and (front is None or residual is not None)
+    if ok and residual is not None:
+        front_tokens = 0 if front is None else front.shape[1]
+        ok = tuple(residual.shape) == (batch, tokens - front_tokens, columns)
+        ok = ok and (front is None or front.shape[::2] == residual.shape[::2])
         ok = ok and tuple(gate.shape) == (batch, columns) and gate.stride(1) == 1
     if not ok:
-        given = (x, x_scale, weight, weight_scale, bias, residual, gate)
+        given = (x, x_scale, weight, weight_scale, bias, residual, gate, front)
         found = [None if tensor is None else tuple(tensor.shape) for tensor in given]
         raise ValueError(f"float8_product: shapes that do not belong together: {found}")
 
@@ -232,17 +273,20 @@ def float8_product(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    front: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute y = x_scale * weight_scale * (x @ weight') + bias, or residual + gate * y.
 
+    The residual may be in two parts, [front, residual] along the tokens.
+
     Shapes: x (B, S, K), weight (N, K), both float8_e4m3fn; x_scale (B, S, 1), or (2,) for a static
-        scale and its inverse, weight_scale (N, 1) fp32; bias (N,), residual (B, S, N), gate (B, N)
-        bf16 -> (B, S, N) bf16
+        scale and its inverse, weight_scale (N, 1) fp32; bias (N,), residual (B, S - T, N), front
+        (B, T, N), gate (B, N) bf16 -> (B, S, N) bf16
     Raises: ValueError on shapes that do not belong together, and K no multiple of 16.
     """
-    _check(x, x_scale, weight, weight_scale, bias, residual, gate)
-    run = launch_float8_product if x.is_cuda else plain_float8_product
-    return run(x, x_scale, weight, weight_scale, bias, residual, gate)
+    given = x, x_scale, weight, weight_scale, bias, residual, gate, front
+    _check(*given)
+    return (launch_float8_product if x.is_cuda else plain_float8_product)(*given)
 
 
 class TritonFloat8Linear(torch.nn.Linear):
@@ -259,18 +303,21 @@ def linear_float8(
     linear: torch.nn.Linear,
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    front: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply a Linear whose weight torchao made float8 to an input that is float8 already.
 
     The product is torchao's own, without its quantisation of the input, or `float8_product`. Given
-    both residual and gate, residual + gate * product is returned.
+    both residual and gate, residual + gate * product is returned; the residual may be in two parts,
+    [front, residual] along the tokens.
 
     Shapes: x (B, S, K) float8_e4m3fn, scale (B, S, 1), for `float8_product` also (2,), fp32,
-        residual (B, S, N), gate (B, N) -> (B, S, N) bf16
+        residual (B, S - T, N), front (B, T, N), gate (B, N) -> (B, S, N) bf16
     """
     weight = linear.weight  # [N, K] float8 with a scale per row, [N, 1]
     if isinstance(linear, TritonFloat8Linear):
-        return float8_product(x, scale, weight.qdata, weight.scale, linear.bias, residual, gate)
+        end = residual, gate, front
+        return float8_product(x, scale, weight.qdata, weight.scale, linear.bias, *end)
     bias_after = isinstance(linear, LinearThenBias)
     out = torch._scaled_mm(
         x.flatten(0, 1),
@@ -282,4 +329,7 @@ def linear_float8(
         use_fast_accum=True,
     )
     out = (out + linear.bias if bias_after else out).unflatten(0, x.shape[:2])
-    return out if residual is None else residual + gate[:, None] * out
+    if residual is None:
+        return out
+    residual = residual if front is None else torch.cat([front, residual], dim=1)
+    return residual + gate[:, None] * out

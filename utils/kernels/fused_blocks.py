@@ -151,22 +151,24 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
             -> the same two, text first
         """
         _refuse(joint_attention_kwargs)
-        txt_tokens = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        txt, img = encoder_hidden_states, hidden_states
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
-        inputs = norm_modulate(x, shift, scale, float8=self.float8)
+        inputs = norm_modulate(img, shift, scale, float8=self.float8, front=txt)
         if hasattr(self.proj_out, "input_scale"):
             out = attend(self.attn, inputs, None, image_rotary_emb)
             hidden = _static_hidden(inputs, self.proj_mlp, self.proj_out, out)
-            x = linear_float8(*hidden, self.proj_out, x, gate)
-            return x[:, :txt_tokens], x[:, txt_tokens:]
-        heads, mlp = self._project(inputs)
-        out = attend(self.attn, heads, None, image_rotary_emb)
-        if self.float8:
-            x = linear_float8(*gelu_quantize(mlp, out), self.proj_out, x, gate)
         else:
-            x = x + gate[:, None] * self.proj_out(torch.cat([out, self.act_mlp(mlp)], dim=2))
-        return x[:, :txt_tokens], x[:, txt_tokens:]
+            heads, mlp = self._project(inputs)
+            out = attend(self.attn, heads, None, image_rotary_emb)
+            if self.float8:
+                hidden = gelu_quantize(mlp, out)
+            else:
+                hidden = torch.cat([out, self.act_mlp(mlp)], dim=2)
+        if self.float8:
+            x = linear_float8(*hidden, self.proj_out, img, gate, txt)
+        else:
+            x = torch.cat([txt, img], dim=1) + gate[:, None] * self.proj_out(hidden)
+        return x[:, : txt.shape[1]], x[:, txt.shape[1] :]
 
     def _project(self, inputs):
         """Give what the attention projects, and the MLP's input (B, S, M)."""

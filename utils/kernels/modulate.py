@@ -2,10 +2,10 @@
 
 A Linear in float8 wants its input as e4m3 with one scale per row, and the scale needs the whole
 row: whoever has the row in registers can write the float8 values directly. `flux::norm_modulate`
-does so for the inputs of Q, K, V and both MLPs, with gate + residual in front where there is one;
-`flux::gelu_quantize` for the second Linear of an MLP and for a single block's [attention, MLP],
-without the concatenation in bf16. Several Linears then share one quantised input
-(`linear_float8` in utils/kernels/float8_product.py).
+does so for the inputs of Q, K, V and both MLPs, with gate + residual before where there is one, and
+for a single block's text and image without their concatenation; `flux::gelu_quantize` for the
+second Linear of an MLP and for a single block's [attention, MLP], likewise. Several Linears then
+share one quantised input (`linear_float8` in utils/kernels/float8_product.py).
 
 Each is a triton_op, not an opaque custom op: compile and AOTI see the kernels and put them into
 their own code, so a package calls no Python. On a CPU the op is its plain twin. Arithmetic is fp32
@@ -39,9 +39,12 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * scale.reciprocal()).to(E4M3), scale
 
 
-def plain_norm_modulate(x, shift, scale, y=None, gate=None, float8=False) -> list[torch.Tensor]:
+def plain_norm_modulate(
+    x, shift, scale, y=None, gate=None, float8=False, front=None
+) -> list[torch.Tensor]:
     """Do what `norm_modulate` does, in torch."""
     outputs = []
+    x = x if front is None else torch.cat([front, x], dim=1)
     if y is not None:
         x = (x.float() + gate[:, None].float() * y.float()).to(x.dtype)
         outputs.append(x)
@@ -81,17 +84,21 @@ def norm_modulate_kernel(
     gate_batch,
     shift_batch,
     scale_batch,
+    front_tokens,  # of y, which stand in front of x
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):
-    """Normalise one row (program_id 0) of x, or of x + gate * y."""
+    """Normalise one row (program_id 0) of x, of x + gate * y, or of [y, x]."""
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     columns = tl.arange(0, BLOCK)
     inside = columns < D
-    x = tl.load(x_ptr + batch * x_batch + token * x_token + columns, inside, 0.0).to(tl.float32)
+    at = x_ptr + batch * x_batch + (token - front_tokens) * x_token
+    if token < front_tokens:
+        at = y_ptr + batch * y_batch + token * y_token
+    x = tl.load(at + columns, inside, 0.0).to(tl.float32)
     if RESIDUAL:
         y = tl.load(y_ptr + batch * y_batch + token * y_token + columns, inside, 0.0)
         gate = tl.load(gate_ptr + batch * gate_batch + columns, inside, 0.0)
@@ -168,15 +175,19 @@ def _check_rows(x: torch.Tensor, others: list, what: str) -> None:
             raise ValueError(f"norm_modulate: {what} must be {wanted}, got {tuple(other.shape)}")
 
 
-def launch_norm_modulate(x, shift, scale, y=None, gate=None, float8=False) -> list[torch.Tensor]:
+def launch_norm_modulate(
+    x, shift, scale, y=None, gate=None, float8=False, front=None
+) -> list[torch.Tensor]:
     """Do what `norm_modulate` does, by its kernel."""
     x, shift, scale = _dense(x, shift, scale)
-    y, gate = (x, shift) if y is None else _dense(y, gate)  # unread without a residual
-    batch, tokens = x.shape[:2]
+    residual, front_tokens = y is not None, 0 if front is None else front.shape[1]
+    y, gate = _dense(y, gate) if residual else (x, shift)  # unread without a residual
+    (y,) = (y,) if front is None else _dense(front)
+    batch, tokens = x.shape[0], front_tokens + x.shape[1]
     width = int(x.shape[2])  # a constant of the kernel, never a symbol
-    out = x.new_empty(x.shape, dtype=E4M3 if float8 else x.dtype)
+    out = x.new_empty((batch, tokens, width), dtype=E4M3 if float8 else x.dtype)
     outputs, hidden, row_scale = [out], out, out
-    if y is not x:
+    if residual:
         hidden = x.new_empty(x.shape)
         outputs = [hidden, out]
     if float8:
@@ -197,9 +208,10 @@ def launch_norm_modulate(x, shift, scale, y=None, gate=None, float8=False) -> li
         gate.stride(0),
         shift.stride(0),
         scale.stride(0),
+        front_tokens,
         D=width,
         BLOCK=triton.next_power_of_2(width),
-        RESIDUAL=y is not x,
+        RESIDUAL=residual,
         FLOAT8=float8,
         num_warps=warps(width),
     )
@@ -214,21 +226,26 @@ def norm_modulate(
     y: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     float8: bool = False,
+    front: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Compute LayerNorm(h) * (1 + scale) + shift, with h = x or, given y and gate, x + gate * y.
+    """Compute LayerNorm(h) * (1 + scale) + shift.
 
-    LayerNorm has no weights and eps 1e-6, as all of FLUX's.
+    h is x; given y and gate, x + gate * y; given front, [front, x] along the tokens: Inductor would
+    store such a concatenation once for each argument of the kernel that reads it. LayerNorm has no
+    weights and eps 1e-6, as all of FLUX's.
 
     Shapes: x, y (B, S, D) bf16 or fp32; shift, scale, gate (B, D), all with a dense last dimension
         -> [out (B, S, D) of x's dtype], or with float8 [out e4m3, row scale (B, S, 1) fp32];
-        with y, h (B, S, D) comes first.
+        with y, h (B, S, D) comes first; with front (B, T, D) there are T + S tokens.
     Raises: ValueError on shapes that do not belong together.
     """
     _check_rows(x, [shift, scale, *([gate] if gate is not None else [])], "shift, scale and gate")
     if (y is None) != (gate is None) or (y is not None and y.shape != x.shape):
         raise ValueError("norm_modulate: y and gate go together, y with the shape of x")
+    if front is not None and (y is not None or front.shape[::2] != x.shape[::2]):
+        raise ValueError("norm_modulate: front has x's batch and width, and stands without y")
     run = launch_norm_modulate if x.is_cuda else plain_norm_modulate
-    return run(x, shift, scale, y, gate, float8)
+    return run(x, shift, scale, y, gate, float8, front)
 
 
 def launch_gelu_quantize(mlp, attention=None) -> tuple[torch.Tensor, torch.Tensor]:
