@@ -206,27 +206,46 @@ def generate(run, inputs, on_cpu: bool, channels_last: bool = False) -> str:
     return getattr(code, "value", code)
 
 
+def split_arguments(text: str) -> list[str]:
+    """Split a call's arguments at the commas that are in no bracket."""
+    found, depth = [""], 0
+    for letter in text.replace(", ", ","):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
+
+
 def count(code: str, inputs: list) -> tuple[int, int]:
-    """Count the kernels that a call launches, and the bytes of their arguments."""
+    """Count the kernels that a call launches, and the bytes of their arguments, each view once."""
     call = code[code.index("def call(") :]
     names = re.search(r"(\w+(?:, \w+)*),? = args", call)[1].split(", ")
-    size = {}
+    size, item = {}, {}
     for name, (shape, dtype) in zip(names, inputs, strict=True):
         third = 3 if shape[-1] == 3 * C else 1
+        item[name] = dtype.itemsize
         size[name] = math.prod(shape) * dtype.itemsize // third
+
+    def size_of(argument: str) -> int:
+        if not (view := re.match(r"reinterpret_tensor\((\w+),\(([^)]*)\)", argument)):
+            return size.get(argument, 0)
+        edges = map(int, view[2].rstrip(",").split(","))
+        return min(size.get(view[1], 0), math.prod(edges) * item.get(view[1], 0))
+
     kernels = total = 0
     for line in map(str.strip, call.splitlines()):
         if found := re.match(r"(\w+) = empty_strided_cuda\((\([^)]*\)), .*torch\.(\w+)\)$", line):
+            item[found[1]] = SIZES[found[3]]
             size[found[1]] = math.prod(json.loads("[" + found[2][1:-1].rstrip(", ") + "]"))
             size[found[1]] *= SIZES[found[3]]
         elif found := re.match(r"(\w+) = (?:reinterpret_tensor\()?(\w+)[;,]", line):
             size[found[1]] = size.get(found[2], 0)
+            item[found[1]] = item.get(found[2], 0)
         elif found := re.match(r"\w+\.run\((.*)\)$", line):
             kernels += 1
-            views = re.findall(r"reinterpret_tensor\(\w+,.*?\), \d+\)", found[1])
-            rest = re.sub(r"reinterpret_tensor\(\w+,.*?\), \d+\)", "", found[1]).split(", ")
-            names = [re.match(r"reinterpret_tensor\((\w+)", view)[1] for view in {*views}]
-            total += sum(size.get(name, 0) for name in [*names, *{*rest}])
+            total += sum(map(size_of, {*split_arguments(found[1])}))
     return kernels, total
 
 

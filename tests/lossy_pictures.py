@@ -82,12 +82,7 @@ VARIANTS = {  # the steps that are on, and what is changed then
     "Linears, activations: a scale per tensor": ({}, partial(linears, activations=by_block)),
     "Linears, activations: a static scale": ({}, static),
     "Linears, our kernels": (KERNELS, None),
-    "Linears, our kernels, static behind GELU": (KERNELS, partial(behind_gelu, headroom=1)),
-    "Linears, our kernels, static behind GELU, twice": (KERNELS, partial(behind_gelu, headroom=2)),
-    "Linears, our kernels, static behind GELU, 8 times": (
-        KERNELS,
-        partial(behind_gelu, headroom=8),
-    ),
+    "Linears, our kernels, static behind GELU": (KERNELS, behind_gelu),
     "Linears: scales of 1x128 and 128x128": ({}, BLOCKWISE),
     "Linears, rotated": ({}, TURNED),
     "Linears and attention, rotated": ({"fa3": ROTATED}, TURNED),

@@ -89,8 +89,8 @@ def static(pipeline, args):
 
 
 @contextmanager
-def behind_gelu(pipeline, args, *, headroom: float):
-    """Do as step static_scales, whose file is made before, with this headroom."""
+def behind_gelu(pipeline, args):
+    """Do as step static_scales, whose file is made before."""
     plain, seen = load_pipeline(args), copy.copy(args)
     seen.seed += calibrate.SEED
     names = static_scales.select(plain.transformer)
@@ -100,8 +100,7 @@ def behind_gelu(pipeline, args, *, headroom: float):
         file.write(scales_file.dump(scales_file.ScalesFile(largest, args.ckpt, "", {})))
         file.flush()
         args.static_scales = file.name
-        with mock.patch.object(static_scales, "HEADROOM", headroom):
-            static_scales.apply(pipeline, args)
+        static_scales.apply(pipeline, args)
     yield
 
 

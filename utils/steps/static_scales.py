@@ -25,6 +25,7 @@ NAME = "static_scales"
 AFTER = ("fused_kernels", "triton_float8")
 PARTS = ("pipeline",)  # its scales are those of the transformer, not of a ControlNet
 
+ENDS = ("ff.net.2", "ff_context.net.2", "proj_out")  # of the names of Linears behind a GELU
 HEADROOM = 2  # times the largest input of the calibration
 
 
@@ -67,8 +68,7 @@ def check(args) -> Verdict:
 
 def select(transformer) -> list[str]:
     """Name the Linears behind a GELU: the last ones of the MLPs, and single blocks' proj_out."""
-    ends = ("ff.net.2", "ff_context.net.2", "proj_out")
-    names = [name for name, _ in transformer.named_modules() if name.endswith(ends)]
+    names = [name for name, _ in transformer.named_modules() if name.endswith(ENDS)]
     return [name for name in names if name.startswith(quant.BLOCKS)]
 
 
