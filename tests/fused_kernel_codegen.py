@@ -243,6 +243,9 @@ def count(code: str, inputs: list) -> tuple[int, int]:
         elif found := re.match(r"(\w+) = (?:reinterpret_tensor\()?(\w+)[;,]", line):
             size[found[1]] = size.get(found[2], 0)
             item[found[1]] = item.get(found[2], 0)
+        elif found := re.match(r"assert_size_stride\((\w+), \(([^)]*)\), .*'torch.ops.flash", line):
+            item[found[1]] = SIZES["bfloat16"]  # the attention's output
+            size[found[1]] = math.prod(map(int, found[2].split(", "))) * SIZES["bfloat16"]
         elif found := re.match(r"\w+\.run\((.*)\)$", line):
             kernels += 1
             total += sum(map(size_of, {*split_arguments(found[1])}))

@@ -8,6 +8,7 @@ import torch
 from conftest import make_args
 from test_fused_kernels import lines_of
 
+from tests.block_codegen import KERNELS
 from utils.errors import UserError
 from utils.steps import deferred_scales, fusion_limits
 from utils.steps.compile import compiler_options
@@ -50,6 +51,9 @@ def test_the_committed_counts_are_what_the_page_says():
         kinds = [(version, limits) for version in mb for limits in ("own", "raised")]
         cells = [f"{mb[version][products, limits] / 1000:.1f}" for version, limits in kinds]
         assert f"| {' | '.join(cells)} |" in page
+    for products in KERNELS:
+        cells = [f"{mb[version][products, 'own'] / 1000:.1f} | -" for version in mb]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.slow
@@ -60,3 +64,5 @@ def test_what_inductor_stores_for_an_h200():
     assert mb["float8", "raised"] < 0.85 * plain and mb["deferred", "deferred"] < 0.85 * plain, mb
     assert mb["deferred", "raised"] < 0.75 * plain, mb  # the two together
     assert mb["deferred", "own"] > plain, mb  # it needs its limits
+    fused, own, static = (mb[products, "own"] for products in KERNELS)
+    assert fused < 0.5 * plain and own < fused and static < 0.7 * own, mb

@@ -114,7 +114,7 @@ def test_every_way_to_multiply_in_float8_gives_the_same(name, monkeypatch):
     assert ("loss" in found) == (name != "one")
 
 
-@pytest.mark.parametrize("name", ["row-inductor", "static-inductor-tma"])
+@pytest.mark.parametrize("name", ["row-inductor", "static-kernel", "static-inductor-tma"])
 def test_a_static_scale_and_a_rows_end_at_the_same_values(name):
     """And one that a bad calibration found too small is seen: it saturates."""
     cast, run, _ = static.VARIANTS[name]

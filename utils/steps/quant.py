@@ -7,10 +7,10 @@ picture. Measured on a CPU (docs/performance.md): relative error 0.021, against 
 and with every Linear. The single blocks' proj_out, 28 % of all the blocks' work, stays in.
 `--quant_granularity tensor --quant_filter all` is flux-fast's choice, for comparison.
 
-No blockwise scales (1x128, 128x128) and no static ones: emulated, pictures are no closer than with
-one scale per row (tests/lossy_pictures.py --variants), and torchao multiplies blocks by a Triton
-kernel that takes half as long again as bf16 on an H100 (torch's own product takes 0.6 of bf16's
-time: utils/kernel_bench/ has it).
+No blockwise scales (1x128, 128x128): emulated, pictures are no closer than with one scale per row
+(tests/lossy_pictures.py --variants), and torchao multiplies blocks by a Triton kernel that takes
+half as long again as bf16 on an H100 (torch's own product takes 0.6 of bf16's time:
+utils/kernel_bench/ has it). Static ones only where they save a pass: step static_scales.
 Source: pytorch/ao pull request 2784 (the kernel's time, by its authors).
 
 Blackwell (sm100 and newer) also multiplies numbers that share a scale in small blocks:
