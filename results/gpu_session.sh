@@ -83,6 +83,14 @@ kernels() {
     --results "$OUT/kernels.jsonl" "$@" 2>&1 | tee -a "$OUT/log.txt" | grep -v "^| " | cut -c1-200
 }
 
+# scales SECONDS FLAGS...: calibrate static activation scales, into $MORE/scales.json
+scales() {
+  local limit=$1
+  shift
+  timeout -k 5 "$limit" python3 -m utils.calibrate_scales "$@" --scales_file "$MORE/scales.json" \
+    2>&1 | tee -a "$OUT/log.txt" | tail -n 2
+}
+
 # products FLAGS...: the float8 products' variants by turns, the second turn from the compile cache
 products() {
   local limit flags
@@ -237,15 +245,17 @@ for part in "$@"; do
       products $SCHNELL ;;
     float8-products-dev)
       products $DEV --num_runs 5 ;;
-    static-scales) # GELU and its cast inside of the product: with and without, taking turns
-      timeout -k 5 90 python3 -m utils.calibrate_scales $DEV --random_weights --prompt one \
-        --num_inference_steps 1 --scales_file "$MORE/scales.json" 2>&1 | tee -a "$OUT/log.txt" | tail -n 2
-      for limit in 160 85; do
+    static-scales) # GELU and its cast inside of the product: by turns; then pictures of tiny-dev
+      scales 80 $DEV --random_weights --prompt one --num_inference_steps 1
+      for limit in 140 75; do
         for flags in "" "--static_scales $MORE/scales.json"; do
           row $limit "fp8-blocks-kernels ${flags:+static}" $DEV $BLOCKS --num_runs 5 \
             --fused_kernels --triton_float8 --kernel_table $flags
         done
-      done ;;
+      done
+      scales 30 --ckpt tiny-dev
+      FAST="" row 45 "tiny-dev static" --ckpt tiny-dev --compile_export_mode disabled --num_runs 5 \
+        --fused_kernels --triton_float8 --static_scales "$MORE/scales.json" ;;
     startup-blocks) # a process from its start to its tenth image: packages of two blocks
       startup 350 "export_aoti blocks" ;;
     startup-compile) # the same with what torch.compile has made in the store
