@@ -81,7 +81,7 @@ def exported(kind: str, products: str):
 
 def _over_kernels(block, kind: str, products: str) -> None:
     """Do to one block what the steps do to all."""
-    from utils.kernels import float8_gelu, float8_product, fused_blocks
+    from utils.kernels import float8_gelu, float8_linear, fused_blocks
     from utils.steps import quant, static_scales
 
     fused = "FusedFluxTransformerBlock", "FusedFluxSingleTransformerBlock"
@@ -89,14 +89,15 @@ def _over_kernels(block, kind: str, products: str) -> None:
     block.float8 = True
     for name, linear in block.named_modules():
         if products != "fused" and isinstance(linear, torch.nn.Linear) and quant.is_float8(linear):
-            linear.__class__ = float8_product.TritonFloat8Linear
+            linear.__class__ = float8_linear.TritonFloat8Linear
         if products == "static" and name.endswith(static_scales.ENDS):
             linear.register_buffer("input_scale", float8_gelu.static_scale(1.0, "cpu"))
 
 
 def launched() -> ExitStack:
     """Let our ops trace their kernels on a CPU too, where they are their twins."""
-    from utils.kernels import float8_gelu, float8_product, fused_blocks, modulate, norm_rope
+    from utils.kernels import float8_gelu, float8_linear, fused_blocks, modulate, norm_rope
+    from utils.kernels.float8_product import launch_float8_product
 
     stack, h200 = ExitStack(), {"programs": 132}
     for owner, name, launch in (
@@ -104,7 +105,7 @@ def launched() -> ExitStack:
         (fused_blocks, "gelu_quantize", modulate.launch_gelu_quantize),
         (fused_blocks, "norm_rope", norm_rope.launch_norm_rope),
         (fused_blocks, "float8_gelu", partial(float8_gelu.launch_float8_gelu, **h200)),
-        (float8_product, "float8_product", partial(float8_product.launch_float8_product, **h200)),
+        (float8_linear, "float8_product", partial(launch_float8_product, **h200)),
     ):
         stack.enter_context(mock.patch.object(owner, name, launch))
     return stack
@@ -114,8 +115,8 @@ def without_products(code: str) -> str:
     """Leave of our products the residual that they read, and of a cast's output its own columns."""
 
     def rest(found) -> str:
-        *_, residual, front, _, _, out = split_arguments(found[2])[:10]
-        parts = {residual, front} - {out}
+        _, _, _, unread, _, *parts = split_arguments(found[2])[:7]
+        parts = {*parts} - {unread}
         return f"{found[1]}residual.run({', '.join(parts)})" if parts else f"{found[1]}pass"
 
     def cast(found) -> str:

@@ -17,7 +17,8 @@ from utils import quality
 from utils.errors import UserError
 from utils.hardware import Machine
 from utils.kernels import float8_product
-from utils.kernels.float8_product import TILES, TritonFloat8Linear, choose_tile
+from utils.kernels.float8_linear import TritonFloat8Linear
+from utils.kernels.float8_product import TILES, choose_tile
 from utils.steps import fa3, fused_kernels, fused_mlp, fused_projections, quant, triton_float8
 
 FEW = {"text": 3, "height": 1, "width": 5}

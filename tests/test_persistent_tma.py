@@ -10,7 +10,7 @@ from test_quant import FEW, H200, arguments
 from tests.flux_pieces import inputs, pipeline, relative_error, traced_products
 from utils.errors import UserError
 from utils.hardware import Machine
-from utils.kernels.float8_product import linear_float8
+from utils.kernels.float8_linear import linear_float8
 from utils.kernels.linear import LinearThenBias
 from utils.kernels.modulate import quantize_rows
 from utils.pipeline_utils import STEPS, optimize

@@ -18,9 +18,6 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from utils.kernels.linear import LinearThenBias
-from utils.kernels.modulate import quantize_rows
-
 # Tile: rows, columns, warps, stages. All fit sm_90's registers and 227 KiB of shared memory
 TILES = ((128, 256, 8, 4), (128, 128, 8, 4), (64, 128, 4, 5))
 BLOCK_K, GROUP = 128, 8  # columns of a step; rows of tiles that stay together, for the L2 cache
@@ -172,11 +169,10 @@ def launch_float8_product(
     By default on one program a multiprocessor, in tiles of choose_tile().
     """
     out = x.new_empty((*x.shape[:2], int(weight.shape[0])), dtype=torch.bfloat16)
-    end = (
-        None
-        if residual is None
-        else (_rows(residual), None if front is None else _rows(front), gate)
-    )
+    end = None
+    if residual is not None:
+        residual = _rows(residual)
+        end = residual, residual if front is None else _rows(front), gate
     return launch_into(out, x, x_scale, weight, weight_scale, bias, end, None, 0, programs, tile)
 
 
@@ -195,11 +191,10 @@ def launch_into(
 ) -> torch.Tensor:
     """Write the product into `out` (B, S, W), from column `first` on, and give it back.
 
-    `end`: residual, what stands in front of it (or None) and gate; `gelu`: the static scale of
-    gelu(product) in float8, as (scale, inverse).
+    `end`: residual, what stands in front of it (or the residual again) and gate; `gelu`: the static
+    scale of gelu(product) in float8, as (scale, inverse).
     """
-    residual, front, gate = end or (out, None, out)  # unread where there is none
-    front = residual if front is None else front
+    residual, front, gate = end or (weight_scale,) * 3  # unread where there is none
     if programs is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
         triton.set_allocator(_scratch)
@@ -215,7 +210,7 @@ def launch_into(
         x_scale.contiguous(),
         weight,
         weight_scale.contiguous(),
-        weight_scale if bias is None else bias,  # unread where there is none
+        weight_scale if bias is None else bias,
         residual,
         front,
         gate,
@@ -287,49 +282,3 @@ def float8_product(
     given = x, x_scale, weight, weight_scale, bias, residual, gate, front
     _check(*given)
     return (launch_float8_product if x.is_cuda else plain_float8_product)(*given)
-
-
-class TritonFloat8Linear(torch.nn.Linear):
-    """Do what a Linear does whose weight torchao made float8, by `float8_product`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shapes: x (B, S, in_features) -> (B, S, out_features) bf16"""
-        return linear_float8(*quantize_rows(x), self)
-
-
-def linear_float8(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    linear: torch.nn.Linear,
-    residual: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    front: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a Linear whose weight torchao made float8 to an input that is float8 already.
-
-    The product is torchao's own, without its quantisation of the input, or `float8_product`. Given
-    both residual and gate, residual + gate * product is returned; the residual may be in two parts,
-    [front, residual] along the tokens.
-
-    Shapes: x (B, S, K) float8_e4m3fn, scale (B, S, 1), for `float8_product` also (2,), fp32,
-        residual (B, S - T, N), front (B, T, N), gate (B, N) -> (B, S, N) bf16
-    """
-    weight = linear.weight  # [N, K] float8 with a scale per row, [N, 1]
-    if isinstance(linear, TritonFloat8Linear):
-        end = residual, gate, front
-        return float8_product(x, scale, weight.qdata, weight.scale, linear.bias, *end)
-    bias_after = isinstance(linear, LinearThenBias)
-    out = torch._scaled_mm(
-        x.flatten(0, 1),
-        weight.qdata.t(),
-        scale_a=scale.flatten(0, 1),
-        scale_b=weight.scale.t(),
-        bias=None if bias_after else linear.bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-    out = (out + linear.bias if bias_after else out).unflatten(0, x.shape[:2])
-    if residual is None:
-        return out
-    residual = residual if front is None else torch.cat([front, residual], dim=1)
-    return residual + gate[:, None] * out

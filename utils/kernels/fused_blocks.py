@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_flux import (
 
 from utils.kernels.flash_attention import flash_attn_func
 from utils.kernels.float8_gelu import float8_gelu
-from utils.kernels.float8_product import linear_float8
+from utils.kernels.float8_linear import linear_float8
 from utils.kernels.joint_projection import split
 from utils.kernels.modulate import gelu_quantize, norm_modulate
 from utils.kernels.norm_rope import norm_rope

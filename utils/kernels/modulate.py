@@ -5,7 +5,7 @@ row: whoever has the row in registers can write the float8 values directly. `flu
 does so for the inputs of Q, K, V and both MLPs, with gate + residual before where there is one, and
 for a single block's text and image without their concatenation; `flux::gelu_quantize` for the
 second Linear of an MLP and for a single block's [attention, MLP], likewise. Several Linears then
-share one quantised input (`linear_float8` in utils/kernels/float8_product.py).
+share one quantised input (`linear_float8` in utils/kernels/float8_linear.py).
 
 Each is a triton_op, not an opaque custom op: compile and AOTI see the kernels and put them into
 their own code, so a package calls no Python. On a CPU the op is its plain twin. Arithmetic is fp32

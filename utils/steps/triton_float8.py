@@ -71,7 +71,7 @@ def check(args) -> Verdict:
 
 def apply(pipeline, args) -> None:
     """Give the blocks' float8 Linears another class; names and weights stay."""
-    from utils.kernels.float8_product import TritonFloat8Linear
+    from utils.kernels.float8_linear import TritonFloat8Linear
 
     for name in quant.select(pipeline.transformer, "row", "blocks")[0]:
         pipeline.transformer.get_submodule(name).__class__ = TritonFloat8Linear
