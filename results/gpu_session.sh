@@ -145,10 +145,12 @@ for part in "$@"; do
     schnell-aoti) # first export, then the start from the stored package
       row 420 fp8-aoti $SCHNELL $AOTI
       row 120 fp8-aoti-warm $SCHNELL $AOTI --use-cached-model ;;
-    dev)
-      row 140 eager $DEV $EAGER --num_runs 5
-      row 290 fp8-blocks $DEV $BLOCKS --num_runs 5 --kernel_table
-      row 140 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5 ;;
+    dev) # the default, what most of the steps that wait bring together, and both ends in bf16
+      row 100 eager $DEV $EAGER --num_runs 3
+      row 270 fp8-blocks $DEV $BLOCKS --num_runs 5 --kernel_table
+      row 110 fp8-blocks-kernels $DEV $BLOCKS --num_runs 5 --kernel_table \
+        --fused_kernels --fa3_rotation --modulation_once
+      row 90 lossless-blocks $DEV --disable_quant $BLOCKS --num_runs 5 ;;
     dev-cache) # compiled blocks without graphs, reused steps; the pattern stands in the row
       row 180 bf16-cache $DEV --disable_quant $CACHE --num_runs 5
       row 180 fp8-cache $DEV $CACHE --num_runs 5 --trace-file "$MORE/dev-cache.json.gz" ;;

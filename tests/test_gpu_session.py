@@ -59,7 +59,8 @@ def test_a_part_fits_a_call_and_its_flags_are_known(part, tmp_path, monkeypatch)
 
 def test_a_row_has_what_those_before_it_have_left_of_their_limits(tmp_path):
     ran = [words for words in pretended(tmp_path, "dev") if words[0] == "timeout"]
-    assert limits(ran) == [140, pytest.approx(430, abs=10), pytest.approx(570, abs=20)]
+    more = (pytest.approx(limit, abs=20) for limit in (370, 480, 570))
+    assert limits(ran) == [100, *more]
 
 
 def rows_of(script: list[str], monkeypatch) -> list[list[str]]:
