@@ -148,7 +148,7 @@ def path(tmp_path):
     identity = args.checkpoint.identity(args.cache_dir)
     names = [f"transformer_blocks.0.{n}.net.2" for n in ("ff", "ff_context")]
     names += [f"single_transformer_blocks.{i}.proj_out" for i in (0, 1)]
-    weights = scales_file.weight_flags(args)
+    weights = scales_file.brought_weights(args)
     found = scales_file.ScalesFile(dict.fromkeys(names, 20.0), "tiny-schnell", identity, weights)
     (tmp_path / "tiny.json").write_bytes(scales_file.dump(found))
     return str(tmp_path / "tiny.json")
@@ -171,7 +171,8 @@ def test_what_it_needs_and_refuses(path, monkeypatch):
     said = refusal(*given, *KERNELS, "--ckpt", "tiny-dev")
     assert "calibrated for other weights, those of tiny-schnell" in said and "\n" not in said
     lora = "tiny_flux/loras/tiny-schnell-night.safetensors"
-    assert "calibrated with {'lora': []" in refusal(*given, *KERNELS, "--lora", lora)
+    said = refusal(*given, *KERNELS, "--lora", lora)
+    assert "calibrated with none, found ['tiny-schnell-night.safetensors:1@" in said
     assert "cannot be read" in refusal("--static_scales", "absent.json", *KERNELS)
     args = make_args("--device", "cpu", *given, *KERNELS)
     args.machine = H200

@@ -97,7 +97,7 @@ def main() -> None:
         largest=largest,
         checkpoint=args.ckpt,
         identity=args.checkpoint.identity(args.cache_dir),
-        weights=scales_file.weight_flags(args),
+        weights=scales_file.brought_weights(args),
         command=shlex.join(["python", "-m", "utils.calibrate_scales", *argv]),
         prompts=args.prompt,
         environment=card.environment(args),

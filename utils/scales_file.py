@@ -20,15 +20,18 @@ class ScalesFile:
     largest: dict[str, float]  # Linear -> the largest magnitude of its input
     checkpoint: str
     identity: str
-    weights: dict  # what else changes them: weight_flags()
+    weights: dict  # what else makes them: brought_weights()
     command: str = ""
     prompts: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
 
 
-def weight_flags(args) -> dict:
-    """Give the flags that change a checkpoint's weights."""
-    return {"lora": args.lora or [], "gguf_file": args.gguf_file}
+def brought_weights(args) -> dict:
+    """Name the LoRAs and the GGUF of a run, once their own steps have been asked."""
+    from utils.steps import gguf
+
+    loras = [str(lora) for lora in getattr(args, "loras", ())] if args.lora else []
+    return {"lora": loras, "gguf": gguf.identity(args) if args.gguf_file else ""}
 
 
 def dump(found: ScalesFile) -> bytes:
@@ -64,6 +67,8 @@ def problem(found: ScalesFile, args) -> str:
     """
     if found.identity != args.checkpoint.identity(args.cache_dir):
         return f"calibrated for other weights, those of {found.checkpoint} (--ckpt)"
-    if found.weights != (used := weight_flags(args)):
-        return f"calibrated with {found.weights}, found {used} (--lora, --gguf_file)"
+    for kind, used in brought_weights(args).items():
+        if (then := found.weights.get(kind)) != used:
+            flag = {"lora": "--lora", "gguf": "--gguf_file"}[kind]
+            return f"calibrated with {then or 'none'}, found {used or 'none'} ({flag})"
     return ""
