@@ -27,7 +27,8 @@ def choose_tile(rows: int, columns: int, programs: int) -> tuple[int, int, int, 
     """Give the tile with which the busiest multiprocessor loads least.
 
     A tile loads its height and its width in every step, and without clusters that share loads they
-    bound the kernel, not the tensor cores. So the largest tile wins, unless it leaves
+    bound the kernel, not the tensor cores. (Triton 3.6 and 3.7 write no multicast for Hopper:
+    num_ctas=2 loads twice, or fails to compile.) So the largest tile wins, unless it leaves
     multiprocessors without work.
     """
 
