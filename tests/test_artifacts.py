@@ -268,6 +268,7 @@ OUTSIDE = {  # what the sources behind a package import without its changing the
     "guidance": "decides how often a package is called",
     "loras": "reads files whose digests are in the manifest",
     "gguf_file": "reads the header of a file whose digest is in the manifest",
+    "scales_file": "reads a file whose digest is in the manifest",
     "random_weights": "gives the config, whose shapes are in the manifest",
     "work": "the same: what the config leaves out",
 }
