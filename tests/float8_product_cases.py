@@ -9,7 +9,7 @@ import json
 
 import torch
 
-from tests.fused_kernel_cases import KINDS, exact_casts, row_error, rows, true_gelu
+from tests.fused_kernel_cases import KINDS, exact_casts, in_two, row_error, rows, true_gelu
 from utils.kernels import float8_gelu, float8_product
 from utils.kernels.flash_attention import E4M3_MAX
 from utils.kernels.modulate import quantize_rows
@@ -39,6 +39,7 @@ def truth(
     x, x_scale, weight, weight_scale, bias=None, residual=None, gate=None, front=None
 ) -> torch.Tensor:
     """The product of the quantised values, in fp64."""
+    x_scale = x_scale if x_scale.dim() == 3 else x_scale[0]
     out = (x.double() * x_scale.double()) @ (weight.double() * weight_scale.double()).t()
     out = out if bias is None else out + bias.double()
     residual = residual if front is None else torch.cat([front, residual], dim=1)
@@ -48,13 +49,17 @@ def truth(
 def of_case(kind: str, shape, run, device: str = "cpu") -> list[dict]:
     """Compare the product alone, with a bias, and as blocks end, with truth and twin.
 
-    A single block ends with a residual in two parts, slices of what the block before has given.
+    A single block ends with a residual in two parts. Its input may have a static scale.
     """
     *others, residual, gate = case(kind, shape, device)
-    text = (shape[1] + 2) // 3
-    parts = residual[:, text:], gate, residual[:, :text]
+    image, text = in_two(residual)
+    scale = float8_gelu.static_scale(others[1].max().item(), device)
+    static = [others[0], scale, *others[2:], residual, gate]
     found = []
-    for inputs in (others[:4], others, [*others, residual, gate], [*others, *parts]):
+    for inputs in (
+        *(others[:4], others, [*others, residual, gate], static),
+        [*others, image, gate, text],
+    ):
         out = run(*inputs)
         twin = float8_product.plain_float8_product(*inputs)
         error = row_error(out, truth(*inputs))
@@ -86,12 +91,15 @@ def of_gelu(kind: str, shape, run, device: str = "cpu") -> list[dict]:
         out = run(*given, behind)
         twin = float8_gelu.plain_float8_gelu(*given, behind)
         true = true_gelu(truth(*given[:5]), behind)
-        error = (out.double() * given[5][0].double() - true).norm() / true.norm()
+        off = out.double() * given[5][0].double() - true
+        parts = [(off, true)]
+        if behind is not None and kind in ("random", "constant"):  # no size of its own hides it
+            parts.append((off[..., : behind.shape[2]], behind.double()))
         found.append(
             {
                 "kind": kind,
                 "behind": behind is not None,
-                "error": error.item(),
+                "error": max((wrong.norm() / right.norm()).item() for wrong, right in parts),
                 "differs": (out.float() != twin.float()).double().mean().item(),
             }
         )
@@ -129,7 +137,7 @@ if __name__ == "__main__":
     hardware_tanh()
     float8_product.wrap_triton = float8_gelu.wrap_triton = lambda kernel: kernel
     cases = [(kind, SHAPES[0]) for kind in KINDS]
-    cases += [("outliers", shape) for shape in (*SHAPES[1:], LONGEST)]
+    cases += [("outliers", shape) for shape in (*SHAPES[1:], LONGEST)] + [("random", SHAPES[1])]
     for kind, shape in cases:
         for found in of_case(kind, shape, _launch):
             print(json.dumps({"shape": shape, **found}), flush=True)

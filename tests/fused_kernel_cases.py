@@ -40,6 +40,14 @@ def rows(kind: str, shape, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     return x.bfloat16().to(device)
 
 
+def in_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part (B, S, D) into image and text tokens, slices of two tensors with other strides."""
+    count = (x.shape[1] + 2) // 3
+    text = torch.cat([x[:, :count], torch.full_like(x, 7)], dim=1)[:, :count]
+    image = torch.cat([torch.full_like(x[:, :1], 7), x[:, count:]], dim=1)[:, 1:]
+    return image, text
+
+
 def vectors(batch: int, width: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """Make gate, shift and scale as chunk() gives them: slices of one row per image."""
     row = torch.randn(batch, 3 * width, generator=torch.Generator().manual_seed(9))
@@ -122,10 +130,9 @@ def of_rows(kind: str, shape, run=modulate.launch_norm_modulate, device="cpu") -
     gate, shift, scale = vectors(shape[0], shape[2], device)
     found = []
     about = {"kernel": "norm_modulate", "kind": kind}
-    text = (shape[1] + 2) // 3  # a single block's tokens come as two slices
-    for residual, front in (((), None), ((y, gate), None), ((), x[:, :text])):
+    image, text = in_two(x)
+    for residual, given, front in (((), x, None), ((y, gate), x, None), ((), image, text)):
         truth = true_norm_modulate(x, shift, scale, *residual)
-        given = x if front is None else x[:, text:]
         for float8 in (False, True):
             inputs = given, shift, scale, *(residual or (None, None)), float8, front
             outputs, twins = run(*inputs), modulate.plain_norm_modulate(*inputs)

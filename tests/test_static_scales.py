@@ -93,6 +93,14 @@ def test_a_transformer_is_as_good_as_with_a_scale_per_row(float8_on_cpu, tmp_pat
     assert "flux.gelu_quantize.default" not in names and model.dtype == torch.bfloat16
 
 
+def test_the_largest_input_of_all_calls_is_kept_whatever_its_sign():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with calibrate_scales.largest_inputs(model, ["0"]) as largest:
+        for value in (1.0, -3.0, 2.0):
+            model(torch.full((1, 4), value))
+    assert largest == {"0": 3.0}
+
+
 def test_each_block_has_its_own_scale_in_an_input_of_the_graph(float8_on_cpu, tmp_path):
     """Scales of two blocks differ: one that were folded into code would be the other's, too."""
     call = inputs(2, **FEW)
